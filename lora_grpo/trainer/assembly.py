@@ -226,9 +226,7 @@ class Assembly:
         if given and (wanted.config.gradient_checkpointing is not None or not told):
             return None
         sharing = self.sharing is True if given else self.sharing
-        room = plan_room(model, [wanted], self.made_of.engine_config, sharing, 1, starts=not given)
-        room.require()
-        return room
+        return plan_room(model, [wanted], self.made_of.engine_config, sharing, 1, starts=not given).require()
 
     def _store(self, planned: Room | None) -> AdapterStore | None:
         if not self.crew.leads:
@@ -289,6 +287,5 @@ def untouched_when_stopped(*folders: str | Path | None) -> Iterator[None]:
 
 
 def refuse_live(run_dir: Path) -> None:
-    who = holder(run_dir)
-    if who is not None:
+    if (who := holder(run_dir)) is not None:
         raise StoreLocked(f"{run_dir} is open in {who}; stop that process first, or choose another run directory")

@@ -63,10 +63,7 @@ def check_run(
         yield finding
     if engine and well:
         with ExitStack() as opened:
-            for start in _findings([("engine", lambda: run.start(opened))]):
-                yield start
-                if start.ok:
-                    yield from _findings(run.engine_parts())
+            yield from _findings(run.engine_parts(opened))
 
 
 def _findings(parts: Iterable[Part]) -> Iterator[Finding]:
@@ -123,7 +120,7 @@ class _Run:
             for name, function in zip(reward_names(self.functions), self.functions, strict=True):
                 yield f"reward {name}", partial(call_once, function, self.data[0], self.grpo)
 
-    def start(self, opened: ExitStack) -> str:
+    def _start(self, opened: ExitStack) -> str:
         run = opened.enter_context(tempfile.TemporaryDirectory(prefix="lora-grpo-check-"))
         root = opened.enter_context(tempfile.TemporaryDirectory(prefix="lora-grpo-check-", dir=tmpfs_home()))
         places = {"run_dir": run, "store_root": Path(root) / "store", "config": self.grpo.replace(report_to=())}
@@ -133,13 +130,14 @@ class _Run:
         engine = self.trainer.engine
         return f"{type(engine).__name__}, max_lora_rank {engine.max_lora_rank}, adapters in {engine.lora_dtype}"
 
-    def engine_parts(self) -> Iterator[Part]:
+    def engine_parts(self, opened: ExitStack) -> Iterator[Part]:
+        yield "engine", lambda: self._start(opened)
+        if not hasattr(self, "trainer"):  # it did not start
+            return
         sync = self.trainer.sync
         if (probe := sync.probe) is not None:
-            yield (
-                "base match",
-                lambda: f"{sync.base_match}; engine and trainer agree to {sync.noise:.4f} nats per token",
-            )
+            agreed = f"{sync.base_match}; engine and trainer agree to {sync.noise:.4f} nats per token"
+            yield "base match", lambda: agreed
             yield "probe", lambda: f"a loud adapter moves {probe.signal:.3g} nats per token, {probe.error:.2g} apart"
         for number in range(1, SWAPS + 1):
             yield f"swap {number}", partial(self._swap, number)
@@ -156,9 +154,7 @@ class _Run:
     @cached_property
     def plan(self) -> Room:
         wanted = _or_none(lambda: self.preflight.wanted) or Wanted(lora_config(self.config.lora), self.grpo, 0)
-        room = plan_room(self.config.model, [wanted], self.config.engine, False, 1)
-        room.require()
-        return room
+        return plan_room(self.config.model, [wanted], self.config.engine, False, 1).require()
 
     @cached_property
     def preflight(self) -> Preflight:

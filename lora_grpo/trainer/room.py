@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from operator import attrgetter
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import torch
@@ -65,7 +65,8 @@ class Room:
     def start(self, model: Model, sharing: Sharing) -> Engine:
         return build_engine(model, self.engine_config, self.leaves, share_base_weights=sharing is True)
 
-    def require(self) -> None:
+    def require(self) -> Self:
+        """Raises `ConfigError`, with what helps, where memory is too small for so many."""
         if self.fit < self.members:
             device = default_device()
             free = f"{device} has {mib(available_memory(device))} free"
@@ -75,6 +76,7 @@ class Room:
             others = f"pass at_once={self.fit}, so that the others wait" if self.fit else "use a smaller model"
             fixes = f"{others}, or give them smaller adapters or micro-batches"
             raise ConfigError(f"{self}, and {free}, which holds {self.fit} of them: {fixes}")
+        return self
 
     def check(self, model: ModelConfig, peft_config: Any, engine: Engine) -> None:
         """Raises `ConfigError` for an adapter that the engine was not started for."""
@@ -113,14 +115,18 @@ def plan_room(
     joint_kv_bytes = _round_bytes(model, members, config, at_once)
 
     def room(*, twice: bool) -> Room:
-        engine = estimated(joint, members[0], twice)
         each = [estimated(member.peft_config, member, twice) for member in members]
         each.sort(key=attrgetter("adapter_and_optimizer_bytes"), reverse=True)
-        memory = _together(engine, each[:at_once])
-        slot_bytes = engine.adapter_slots_bytes // slots
+        activations = [one.activations_bytes for one in each[:at_once]]
+        # The base once, every adapter with its optimizer, and the activations of the one that is at work.
+        memory = replace(
+            estimated(joint, members[0], twice),
+            adapter_and_optimizer_bytes=sum(one.adapter_and_optimizer_bytes for one in each[:at_once]),
+            activations_bytes=None if None in activations else max(size or 0 for size in activations),
+        )
+        slot_bytes = memory.adapter_slots_bytes // slots
         fixed_bytes = memory.total_bytes - memory.adapter_and_optimizer_bytes - slot_bytes * at_once
-        own_bytes = (one.adapter_and_optimizer_bytes + slot_bytes for one in each)
-        totals_bytes = accumulate(own_bytes, initial=fixed_bytes)
+        totals_bytes = accumulate((one.adapter_and_optimizer_bytes + slot_bytes for one in each), initial=fixed_bytes)
         fit = sum(total <= available_memory(default_device()) for total in totals_bytes) - 1
         of_version = each[0].adapter_and_optimizer_bytes // ADAM_BYTES * engine_dtype(config).itemsize
         return Room(sized, rank, leaves, of_version, at_once, memory, joint_kv_bytes, max(0, fit), twice)
@@ -143,16 +149,6 @@ def _estimates(model: Model, config: EngineConfig | None, one_copy: bool) -> Cal
         return known[key]
 
     return of
-
-
-def _together(engine: MemoryEstimate, members: Sequence[MemoryEstimate]) -> MemoryEstimate:
-    """The base once, every adapter with its optimizer, and the activations of the one that is at work."""
-    activations = [member.activations_bytes for member in members]
-    return replace(
-        engine,
-        adapter_and_optimizer_bytes=sum(member.adapter_and_optimizer_bytes for member in members),
-        activations_bytes=None if None in activations else max(size or 0 for size in activations),
-    )
 
 
 def _round_bytes(model: Model, members: Sequence[Wanted], config: EngineConfig, at_once: int) -> int:

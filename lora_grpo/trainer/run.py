@@ -226,8 +226,7 @@ def _apply(store: AdapterStore, roll_back: RollBack, request: Request) -> dict[s
 
 def guarded(run: Run, guard: Guard, reason: str, reporter: Reporter) -> None:
     """Roll back as `guard` says, and write down why. Raises `TrainingError` when it did so often enough before."""
-    left = run.version
-    run.store.record(left, guard=reason)
+    run.store.record(run.version, guard=reason)
     reasons = [*run.rollback_log.reasons, reason]
     if len(reasons) > guard.max_rollbacks:
         listed = "; ".join(f"({index}) {text}" for index, text in enumerate(reasons, 1))
