@@ -163,9 +163,9 @@ def check(name: str, directory: Path) -> tuple[str, str]:
     settings = [*SETTINGS, *([f"model.quantization={family.quantization}"] if family.quantization else [])]
     by_default = ""
     if not isinstance(family.targets, str):
-        by_default = _wrong(check_run(config_of_model(model, settings), base_alone=True))
+        by_default = _wrong(check_run(config_of_model(model, settings), alone=True))
         settings.append(f"lora.target_modules={json.dumps(family.targets)}")
-    with_own = _wrong(check_run(config_of_model(model, settings), engine=True, base_alone=True))
+    with_own = _wrong(check_run(config_of_model(model, settings), engine=True, alone=True))
     return by_default.replace(model, name), with_own.replace(model, name)
 
 

@@ -151,7 +151,7 @@ def test_what_no_engine_would_serve_is_known_from_the_config(
 ) -> None:
     """With the nearest that it would."""
     config = config_of_model(str(build(family, tmp_path)), [])
-    found = wrong(list(check_run(changed(config, lora=settings), base_alone=True)))
+    found = wrong(list(check_run(changed(config, lora=settings), alone=True)))
     assert list(found) == [what]
     assert re.search(words, found[what].replace(str(tmp_path), family)), found
 
@@ -185,7 +185,7 @@ def test_with_the_engine_base_probe_slots_and_three_swaps(
     monkeypatch.setattr(room, "build_engine", lambda *arguments, **settings: Kept(llama_engine))
     for findings in (
         list(check_run(config, engine=True)),
-        list(check_run(config_of_model(config.model.name, ["model.dtype=float32"]), engine=True, base_alone=True)),
+        list(check_run(config_of_model(config.model.name, ["model.dtype=float32"]), engine=True, alone=True)),
     ):
         assert wrong(findings) == {}
         found = {finding.what: finding.found for finding in findings}
@@ -272,7 +272,7 @@ def test_a_config_that_gives_no_language_model_is_one_sentence(config: str | Non
 def test_a_config_of_values_that_do_not_fit_is_told_by_every_check_that_reads_it(tmp_path: Path) -> None:
     """transformers raises an error of its own for it, which is neither `OSError` nor `ValueError`."""
     (tmp_path / "config.json").write_text(ODD_WIDTH)
-    findings = list(check_run(config_of_model(str(tmp_path), ()), base_alone=True))
+    findings = list(check_run(config_of_model(str(tmp_path), ()), alone=True))
     told = [found for found in wrong(findings).values() if "63) is not a multiple of the number of attention" in found]
     assert told
     assert all(found.startswith(f"{tmp_path} is not a model directory") and "\n" not in found for found in told)

@@ -66,7 +66,7 @@ def check(
 
     with random_base(target) if random_weights else nullcontext(target) as model:
         config = config_of_model(model, overrides or ()) if alone else load_config(target, overrides or ())
-        found = check_run(config, engine=engine, rewards=rewards, base_alone=alone)
+        found = check_run(config, engine=engine, rewards=rewards, alone=alone)
         findings = [{**asdict(finding), "found": finding.found.replace(model, target)} for finding in found]
     tell(findings, as_json, [{**row, "ok": "yes" if row["ok"] else "NO"} for row in findings], f"check of {target}")
     if not all(row["ok"] for row in findings):

@@ -216,8 +216,7 @@ class Assembly:
         if most is None and default_device().type == "cuda":
             most = wanted.batch.rows * wanted.batch.length
         twice = any(processes.gather(twice if room is None else room.checkpointing))
-        settled = config.replace(gradient_checkpointing=twice, max_tokens_per_micro_batch=most)
-        return None if given else room, settled
+        return None if given else room, config.replace(gradient_checkpointing=twice, max_tokens_per_micro_batch=most)
 
     def _room(self, wanted: Wanted, given: bool) -> Room | None:
         """None where nothing is open: with an engine given, all but whether activations are computed twice."""

@@ -26,8 +26,7 @@ from lora_grpo.trainer.rollouts import saved_evaluations
 
 
 def build_trainer(config: RunConfig, *, resume: bool = False, view: bool = True) -> GRPOTrainer:
-    processes = Processes(launched(config.grpo.ddp_timeout))
-    spec = spec_of(processes.first(lambda: _checked(config, resume=resume)))
+    spec = spec_of(Processes(launched(config.grpo.ddp_timeout)).first(lambda: _checked(config, resume=resume)))
     return begin_run(config.model, spec, resume=resume, engine_config=config.engine, view=view)
 
 

@@ -51,13 +51,11 @@ class Finding:
     found: str  # or what has to change
 
 
-def check_run(
-    config: RunConfig, *, engine: bool = False, rewards: bool = False, base_alone: bool = False
-) -> Iterator[Finding]:
+def check_run(config: RunConfig, engine: bool = False, rewards: bool = False, alone: bool = False) -> Iterator[Finding]:
     """What can be known of a run without training it, as it is found; nothing of the run is written. `engine` starts
     the run's own, if all else is well. `rewards` calls each reward function once: errors and types count, values do
-    not. `base_alone` leaves data and rewards out, for a model that has none yet."""
-    run, well = _Run(config, base_alone), True
+    not. `alone` leaves data and rewards out, for a base that has none yet."""
+    run, well = _Run(config, alone), True
     for finding in _findings([*run.parts(), *(run.reward_calls() if rewards else ())]):
         well = well and finding.ok
         yield finding
@@ -89,7 +87,9 @@ class _Run:
     trainer: GRPOTrainer
 
     def __init__(self, config: RunConfig, base_alone: bool) -> None:
-        self.config, self.base_alone = config, base_alone
+        if base_alone:  # completions are those of the swaps then, for which every engine has room
+            config = config.replace(grpo=config.grpo.replace(max_completion_length=SWAP_TOKENS))
+        self.config, self.base_alone, self.grpo = config, base_alone, effective_grpo(config)
 
     def parts(self) -> Iterator[Part]:
         if not self.base_alone:
@@ -158,14 +158,8 @@ class _Run:
 
     @cached_property
     def preflight(self) -> Preflight:
-        spec = replace(spec_of(self.config, self.functions, self.data), config=self.grpo)
+        spec = spec_of(self.config, self.functions, self.data)
         return Preflight(self.config.model, spec, engine_config=self.config.engine)
-
-    @property
-    def grpo(self) -> GRPOConfig:
-        """Of a base alone, completions are those of the swaps, for which every engine has room."""
-        config = effective_grpo(self.config)
-        return config.replace(max_completion_length=SWAP_TOKENS) if self.base_alone else config
 
     def _adapter(self) -> str:
         modules = adapted_modules(self.config.model, lora_config(self.config.lora))
@@ -227,8 +221,7 @@ def _no_reward(completions: Sequence[Any], **columns: Any) -> list[None]:
 
 
 def _columns(data: PromptDataset) -> str:
-    others = ", ".join(data.column_names) or "none"
-    return f"{data.label}: {counted(len(data), 'row')}, other columns: {others}"
+    return f"{data.label}: {counted(len(data), 'row')}, other columns: {', '.join(data.column_names) or 'none'}"
 
 
 # A base of which only the configuration is there.
@@ -248,8 +241,7 @@ def random_base(model: str) -> Iterator[str]:
     for name, parameter in whole.named_parameters():
         if name.rpartition(".")[2] not in KEPT_BY_LAYERS and parameter.ndim > 1:
             # A layer's output is about as large as its input.
-            drawn = torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[-1])
-            parameter.data.copy_(drawn)
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[-1]))
     with tempfile.TemporaryDirectory(prefix="lora-grpo-random-") as folder:
         whole.to(config.dtype or torch.bfloat16).save_pretrained(folder)
         _copy_tokenizer(Path(model), Path(folder))

@@ -140,8 +140,7 @@ class Guard:
 
     def why(self, steps: Steps, error: TrainingError | None) -> str | None:
         """Every policy's reason, joined; None where there is none."""
-        reasons = [reason for policy in self.policies if (reason := policy.why(steps, error)) is not None]
-        return "; ".join(reasons) or None
+        return "; ".join(filter(None, (policy.why(steps, error) for policy in self.policies))) or None
 
 
 def build_guard(config: GuardConfig) -> Guard | None:

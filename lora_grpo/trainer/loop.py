@@ -124,8 +124,7 @@ def _record(run: Run, metrics: Mapping[str, Any]) -> None:
     # A forked run has not the version that its first step was sampled from. One that is sampled from again, after a
     # rollback, keeps what it earned first: by that the best ones were chosen, whose trainer states are there.
     with suppress(UnknownVersion):
-        known = run.store.metrics(metrics["version"])
-        if "reward" not in known:
+        if "reward" not in run.store.metrics(metrics["version"]):
             names = _OF_THE_VERSION | {name for name in metrics if name.startswith("reward")}
             run.store.record(metrics["version"], **{name: metrics[name] for name in metrics if name in names})
 
@@ -178,9 +177,8 @@ def canary(parts: Parts, config: GRPOConfig, groups: list[Group], gap: float, st
     # Noise is each process's own, to rounding, and a canary takes all of them.
     if parts.sync.probe is None or not parts.policy.processes.share(due):
         return None
-    version = parts.sync.store.get(number) if late and number is not None else None
-    chosen, rows = spread(groups, CANARY_ROWS), config.per_device_train_batch_size
-    return parts.sync.canary(chosen, version=version, temperature=config.temperature, batch_rows=rows)
+    chosen, which, rows = spread(groups, CANARY_ROWS), number if late else None, config.per_device_train_batch_size
+    return parts.sync.canary(chosen, version=which, temperature=config.temperature, batch_rows=rows)
 
 
 def spread(groups: list[Group], rows: int) -> list[Group]:

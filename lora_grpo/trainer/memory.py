@@ -56,8 +56,7 @@ class LargestBatch:
     def sequences(self) -> list[list[int]]:
         """Token ids, `length` a row. Groups do not begin where batches do: unless one divides the other, one more
         prompt can be in a batch than its rows would need."""
-        fits = self.rows % self.group == 0 or self.group % self.rows == 0
-        first = 0 if fits else self.group - 1
+        first = 0 if self.rows % self.group == 0 or self.group % self.rows == 0 else self.group - 1
         prompts = [(first + row) // self.group for row in range(self.rows)]
         return [[prompt] * self.prompt_tokens + [0] * self.completion_tokens for prompt in prompts]
 
@@ -161,8 +160,9 @@ def _ways(model: Any, batch: LargestBatch) -> Iterator[tuple[dict[str, Any], Seq
 def _walk(model: Any, inputs: dict[str, Any], spans: Sequence[Span] | None) -> tuple[int, int]:
     """Bytes that are kept for the backward, and the most at any time."""
     backbone, there = model.get_base_model().get_decoder(), in_spans(model, spans) if spans else nullcontext()
-    attention = replaced(nn.functional, scaled_dot_product_attention=_attend)
-    with torch.device("meta"), attention, there, _Living(model) as living:
+    # Torch has no such attention on the meta device, and would take the one that holds its scores.
+    attend = replaced(nn.functional, scaled_dot_product_attention=lambda q, k, v, *_, **__: _Attention.apply(q, k, v))
+    with torch.device("meta"), attend, there, _Living(model) as living:
         output = backbone(**inputs, use_cache=False)
         kept_bytes = living.now_bytes
         output[0].sum().backward()
@@ -205,8 +205,3 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
-    """Torch has no such attention on the meta device, and would take the one that holds its scores."""
-    return _Attention.apply(query, key, value)

@@ -1,6 +1,6 @@
 """The holders of a base model: the vLLM engine, and on the same device a trainer's PEFT model, or several trainers'."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -52,17 +52,14 @@ def checkpoint_of(model: Model) -> ModelConfig:
     if isinstance(model, ModelConfig):
         return model
     config = peft_model_of(model).base_model.model.config
-    name = getattr(config, "_name_or_path", "")
-    if not name:
+    if not (name := getattr(config, "_name_or_path", "")):
         raise ConfigError("the model does not know its checkpoint; build VLLMEngine(name) yourself and pass engine=")
     return ModelConfig(name=str(name), quantization="nf4" if scheme_of(config) == "nf4" else None)
 
 
-def build_engine(
-    model: Model, config: EngineConfig, targets: Sequence[str] | None = None, *, share_base_weights: bool = False
-) -> Engine:
+def build_engine(model: Model, config: EngineConfig, leaves: list[str] | None = None, share: bool = False) -> Engine:
     """A `VLLMEngine` on the model's checkpoint, or the servers that `config.urls` names; `max_lora_rank` is to be set.
-    `targets` are the last names of the layers to be adapted, each of which costs decoding time (None: all linear)."""
+    `leaves` are the last names of the layers to be adapted, each of which costs decoding time (None: all linear)."""
     checkpoint = checkpoint_of(model)
     if config.urls:
         from lora_grpo.engines.server.engine import VLLMServerEngine
@@ -73,8 +70,8 @@ def build_engine(
     from lora_grpo.engines.vllm_local import VLLMEngine
 
     asked = config.model_dump(exclude={"urls", "store_address", *_OF_SERVERS}) | checkpoint.loading
-    asked |= {"quantization": checkpoint.quantization, "share_base_weights": share_base_weights}
-    return VLLMEngine(checkpoint.name, target_modules=targets, **asked)
+    asked |= {"quantization": checkpoint.quantization, "share_base_weights": share}
+    return VLLMEngine(checkpoint.name, target_modules=leaves, **asked)
 
 
 def quantization_of(model: ModelConfig) -> Scheme | None:
@@ -136,8 +133,7 @@ def shared_base(choice: Sharing, model: Model, engine: Engine, tell: Callable[[s
             raise ConfigError(f"share_base_weights=True needs a VLLMEngine, not a {type(engine).__name__}")
         served, wanted = engine.describe_base().dtype, str(model.dtype)
         if wanted == "auto":
-            own = checkpoint_config(model.name, **model.loading).dtype
-            wanted = str(own or torch.float32).removeprefix("torch.")
+            wanted = str(checkpoint_config(model.name, **model.loading).dtype or torch.float32).removeprefix("torch.")
         if served != wanted:
             fix = f"set model.dtype={served!r}"
             raise ConfigError(f"the engine's base is {served}, the trainer's would be {wanted}: {fix}")
@@ -155,10 +151,9 @@ def _may_share(choice: Sharing, model: Model) -> bool:
 
 def adapted_leaves(model: Model, peft_config: Any) -> list[str] | None:
     """Last names of the layers to be adapted; None for all linear ones, which is the engine's own default."""
-    modules = adapted_modules(model, peft_config)
-    if isinstance(model, ModelConfig) and peft_config.target_modules == "all-linear":
-        return None
-    return sorted({module.path.rsplit(".", 1)[-1] for module in modules})
+    leaves = {module.path.rsplit(".", 1)[-1] for module in adapted_modules(model, peft_config)}
+    all_linear = isinstance(model, ModelConfig) and peft_config.target_modules == "all-linear"
+    return None if all_linear else sorted(leaves)
 
 
 def adapted_modules(model: Model, peft_config: Any) -> list[LoraModule]:

@@ -79,8 +79,7 @@ class Source:
         return rollout
 
     def draw(self, step: int) -> Rollout:
-        position = self.sampler.state_dict()
-        return Rollout(step, position, *self.data.select(next(self.sampler)))
+        return Rollout(step, self.sampler.state_dict(), *self.data.select(next(self.sampler)))
 
     def sample(self, rollout: Rollout, version: AdapterVersion) -> None:
         rollout.version = version

@@ -63,7 +63,7 @@ class Room:
         return said + (", activations computed twice" if self.checkpointing else "")
 
     def start(self, model: Model, sharing: Sharing) -> Engine:
-        return build_engine(model, self.engine_config, self.leaves, share_base_weights=sharing is True)
+        return build_engine(model, self.engine_config, self.leaves, share=sharing is True)
 
     def require(self) -> Self:
         """Raises `ConfigError`, with what helps, where memory is too small for so many."""
