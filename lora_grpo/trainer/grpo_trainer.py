@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from torch import nn
 
@@ -32,7 +32,7 @@ from lora_grpo.trainer.run import Run, roll_back, run_info, summary
 from lora_grpo.trl_names import CONFIG, TRL_ARGUMENTS
 
 
-class GRPOTrainer(Run):
+class GRPOTrainer(Run, AbstractContextManager["GRPOTrainer"]):
     """Trains a LoRA adapter with GRPO: each step samples from the version that the last step published and proved.
 
     With `config.max_staleness` above 0, it samples while earlier steps are trained, from a version that is at most
@@ -181,9 +181,6 @@ class GRPOTrainer(Run):
     def close(self) -> None:
         """Close the store, and the engine if this trainer started it. A second call does nothing."""
         self._closing.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
