@@ -30,6 +30,7 @@ from lora_grpo.errors import UnknownVersion as UnknownVersion
 from lora_grpo.errors import UnsupportedAdapter as UnsupportedAdapter
 from lora_grpo.errors import UnsupportedVersion as UnsupportedVersion
 from lora_grpo.grpo_config import GRPOConfig as GRPOConfig
+from lora_grpo.report import push_to_hub as push_to_hub
 from lora_grpo.report import write_report as write_report
 from lora_grpo.sync import NativeSync as NativeSync
 from lora_grpo.trainer.forking import fork as fork
@@ -39,7 +40,6 @@ from lora_grpo.trainer.guards import LogprobGap as LogprobGap
 from lora_grpo.trainer.guards import NonFinite as NonFinite
 from lora_grpo.trainer.guards import ReferenceKL as ReferenceKL
 from lora_grpo.trainer.guards import RewardCollapse as RewardCollapse
-from lora_grpo.trainer.hub import push_to_hub as push_to_hub
 from lora_grpo.trainer.population.population import Population as Population
 from lora_grpo.trainer.preflight import MemberSpec as MemberSpec
 from lora_grpo.trainer.run import answer_requests as answer_requests

@@ -27,7 +27,7 @@ from lora_grpo.adapters.version import CONFIG_FILE, WEIGHTS_FILE
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, StoreCorrupt, UnknownVersion
 from lora_grpo.metrics.render import number
-from lora_grpo.trainer.hub import _rows
+from lora_grpo.report import _reward_rows
 from tests.test_cli_versions import ENVIRONMENT, command, lora_grpo
 from tests.test_fake_engine import tiny_peft
 from tests.tiny_run import fake_engine
@@ -248,7 +248,7 @@ def hub() -> Iterator[tuple[str, list[tuple[str, bytes, str]]]]:
 
 def test_a_cards_steps_are_whole_numbers_however_many() -> None:
     steps = [{"event": "step", "step": step, "version": step, "reward": 0.123456} for step in range(1, 12_346)]
-    assert [*map(number, _rows(steps, [])[-1])] == ["12345", "12345", "0.1235", "-"]
+    assert [*map(number, _reward_rows(steps, [])[-1])] == ["12345", "12345", "0.1235", "-"]
 
 
 def test_a_push_to_the_hub_is_one_commit_of_the_export_and_a_card(

@@ -174,9 +174,9 @@ def export(
             weights = export_adapter(store, found, Recipe.read(run), directory)
             said = {"directory": str(directory), "weights": weights}
     if push_to_hub is not None:
-        from lora_grpo.trainer import hub
+        from lora_grpo import report
 
-        said["commit"] = hub.push_to_hub(run, found, push_to_hub, private=private)
+        said["commit"] = report.push_to_hub(run, found, push_to_hub, private=private)
     lines = [f"{found} is in {directory}, weights {said['weights']}"] if directory is not None else []
     lines += [f"{found} is at {said['commit']}"] if push_to_hub is not None else []
     tell({"version": found.number, **said}, as_json, "\n".join(lines))
