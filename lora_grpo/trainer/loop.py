@@ -101,9 +101,9 @@ def _step(run: Run, reporter: Reporter, rollout: Rollout) -> None:
     with reporter.phase("train"):
         learned = run.crew(learn, config, rewarded, step)
     run.steps_done = step
-    run.without_signal = 0 if rewarded.used_groups(config.num_generations) else run.without_signal + 1
     metrics = {**step_metrics(rewarded, source.reward_funcs, config), **learned, **source.metrics()}
     metrics |= {"step": step, "version": rollout.version.number}
+    run.without_signal = 0 if metrics["frac_groups_used"] else run.without_signal + 1
     # Before the next version is published: retention then looks at rewards, and keeps what the best one needs.
     _record(run, metrics)
     with reporter.phase("publish"):
@@ -198,7 +198,8 @@ def step_metrics(rewarded: Rewarded, functions: Sequence[RewardFunction], config
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
         "completions/clipped_ratio": sum(completion.truncated for completion in completions) / len(completions),
-        "frac_groups_used": rewarded.used_groups(config.num_generations),
+        # Of those whose rewards differ, the only ones that carry signal.
+        "frac_groups_used": float((rewarded.advantages_B != 0).view(-1, config.num_generations).any(1).float().mean()),
     }
 
 

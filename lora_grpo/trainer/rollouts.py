@@ -51,10 +51,6 @@ class Rewarded:
     logged: Mapping[str, float]
     extra: Mapping[str, list[Any]]  # columns that reward functions logged, a value a completion, as JSON has them
 
-    def used_groups(self, num_generations: int) -> float:
-        """Share of groups whose rewards differ, the only ones that carry signal."""
-        return float((self.advantages_B != 0).view(-1, num_generations).any(1).float().mean())
-
 
 @dataclass
 class Source:
