@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
@@ -26,7 +27,6 @@ from lora_grpo.errors import ConfigError, counted
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics.reporter import check_trackers
 from lora_grpo.rewards import RewardFunction, check_columns, reward_names
-from lora_grpo.sections import nearest_key
 from lora_grpo.trainer.guards import Guard
 from lora_grpo.trainer.models import Model, checkpoint_of
 from lora_grpo.trainer.room import Wanted
@@ -178,8 +178,9 @@ class Preflight:
             called = f"{data.label}, row {row}: the prompt"
             odd = next((name for name in getattr(prompt, "template_kwargs", ()) if known and name not in known), None)
             if odd is not None:
-                told = f"{called} has chat_template_kwargs {odd!r}, which the chat template ignores: leave it out"
-                raise ConfigError(f"{told}; {nearest_key(odd, known)}")
+                near = difflib.get_close_matches(odd, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "leave it out"
+                raise ConfigError(f"{called} has chat_template_kwargs {odd!r}, which the chat template ignores; {hint}")
             with ENCODING:
                 lengths.append(len(render(self.tokenizer, prompt, called)))
         return lengths
