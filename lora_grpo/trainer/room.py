@@ -1,8 +1,9 @@
 """What an engine is started for, of one run or of a population, and how many of its members memory holds."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate
 from operator import attrgetter
 from typing import Any, Self
@@ -101,8 +102,7 @@ def plan_room(
     leaves = None if None in adapted else sorted({leaf for own in adapted for leaf in own or ()})
     # Servers hold as many versions as there are slots: the one that is published beside the others needs a place too.
     # So do those that may be published while a rollout goes on.
-    stale = max(member.config.max_staleness for member in members)
-    slots = max(config.max_loras, at_once + bool(config.urls), stale + 1)
+    slots = max(config.max_loras, at_once + bool(config.urls), *(1 + one.config.max_staleness for one in members))
     most = max(rank, config.max_lora_rank or 0)
     sized: EngineConfig = config.replace(max_loras=slots, max_lora_rank=most)
     if starts:  # what an engine would refuse
@@ -110,17 +110,24 @@ def plan_room(
             allowed_rank(most)
         if models.quantization_of(checkpoint_of(model)) is not None and sharing is True:
             raise ConfigError("share_base_weights=True: quantized weights cannot be the trainer's too; leave it out")
-    estimated = _estimates(model, sized if starts else None, models.expects_one_copy(sharing, model, config))
+    one_copy, served = models.expects_one_copy(sharing, model, config), sized if starts else None
     joint = members[0].peft_config if len(members) == 1 else LoraConfig(r=1, target_modules=leaves or "all-linear")
     joint_kv_bytes = _round_bytes(model, members, config, at_once)
+    adapters = {str(adapter): adapter for adapter in (joint, *(member.peft_config for member in members))}
+    asked = [member.config.gradient_checkpointing for member in members]
+
+    @cache
+    def estimated(adapter: str, batch: LargestBatch, twice: bool) -> MemoryEstimate:
+        return estimate(model, adapters[adapter], served, batch, one_copy, twice)
 
     def room(*, twice: bool) -> Room:
-        each = [estimated(member.peft_config, member, twice) for member in members]
+        remade = [twice if own is None else own for own in asked]
+        each = [estimated(str(one.peft_config), one.batch, own) for one, own in zip(members, remade, strict=True)]
         each.sort(key=attrgetter("adapter_and_optimizer_bytes"), reverse=True)
         activations = [one.activations_bytes for one in each[:at_once]]
         # The base once, every adapter with its optimizer, and the activations of the one that is at work.
         memory = replace(
-            estimated(joint, members[0], twice),
+            estimated(str(joint), members[0].batch, remade[0]),
             adapter_and_optimizer_bytes=sum(one.adapter_and_optimizer_bytes for one in each[:at_once]),
             activations_bytes=None if None in activations else max(size or 0 for size in activations),
         )
@@ -131,24 +138,8 @@ def plan_room(
         of_version = each[0].adapter_and_optimizer_bytes // ADAM_BYTES * engine_dtype(config).itemsize
         return Room(sized, rank, leaves, of_version, at_once, memory, joint_kv_bytes, max(0, fit), twice)
 
-    asked = [member.config.gradient_checkpointing for member in members]
     found = room(twice=all(asked))
     return room(twice=True) if found.fit < at_once and None in asked else found
-
-
-def _estimates(model: Model, config: EngineConfig | None, one_copy: bool) -> Callable[..., MemoryEstimate]:
-    """Of an adapter and the member that trains it, `twice` where it leaves that open; each worked out once."""
-    known: dict[Any, MemoryEstimate] = {}
-
-    def of(peft_config: Any, member: Wanted, twice: bool) -> MemoryEstimate:
-        own = member.config.gradient_checkpointing
-        twice = twice if own is None else own
-        key = (str(peft_config), member.batch, twice)
-        if key not in known:
-            known[key] = estimate(model, peft_config, config, member.batch, one_copy, twice)
-        return known[key]
-
-    return of
 
 
 def _round_bytes(model: Model, members: Sequence[Wanted], config: EngineConfig, at_once: int) -> int:
