@@ -150,10 +150,9 @@ class Unheard:
 
 @dataclass
 class Assembly:
-    """Builds what is not given; `closing` closes the engine first, which reads the store's files. Each process builds
-    its own; only the store, the tokenizer, and an engine that is servers, are the first one's."""
+    """Each process builds its own; only the store, the tokenizer and an engine that is servers are the first one's."""
 
-    closing: ExitStack
+    closing: ExitStack  # closes the engine first, which reads the store's files
     reporter: Reporter | Unheard
     crew: Crew
     made_of: Preflight
@@ -199,8 +198,7 @@ class Assembly:
         return Parts(asked, rendering(asked, tokenizer, model), policy, sync)
 
     def _planned(self) -> tuple[Room | None, GRPOConfig]:
-        """What an engine is started for (None: it is given), and the settings with what they left open. On CUDA every
-        micro-batch has as many tokens as the largest one, so that shorter rows fill it too."""
+        """What an engine is started for (None: it is given), and the settings with what they left open."""
         made_of, processes, config = self.made_of, self.crew.processes, self.made_of.config
         longest = processes.first(lambda: made_of.wanted.prompt_tokens)
         twice, most = config.gradient_checkpointing, config.max_tokens_per_micro_batch
@@ -213,6 +211,7 @@ class Assembly:
             self.reporter.message(f"memory: {room}")
             urls = ", ".join(made_of.engine_config.urls)
             self.reporter.message(f"connecting to {urls}" if urls else "starting the engine")
+        # There every micro-batch has as many tokens as the largest one, so that shorter rows fill it too.
         if most is None and default_device().type == "cuda":
             most = wanted.batch.rows * wanted.batch.length
         twice = any(processes.gather(twice if room is None else room.checkpointing))
@@ -244,9 +243,10 @@ class Assembly:
         return store
 
     def _engine(self, planned: Room | None) -> Engine | None:
-        """This process's, None where the first one's serves all. All that can be found wrong before was: engines in the
-        trainers' own processes wait for each other while they start, and one that never began would hold them up."""
+        """This process's, None where the first one's serves all."""
         engine = self.made_of.engine
+        # All that can be found wrong before was: engines in the trainers' own processes wait for each other while they
+        # start, and one that never began would hold them up.
         if planned is not None and (self.crew.leads or not self.made_of.engine_config.urls):
             with self.reporter.capture():
                 engine = planned.start(self.made_of.model, self.sharing)

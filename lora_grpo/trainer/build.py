@@ -91,8 +91,7 @@ def spec_of(config: RunConfig, rewards: Sequence[RewardFunction] = (), data: Seq
 
 
 def check_place(run_dir: Path) -> bool:
-    """Whether a run is in `run_dir`; a store without versions, as of a start that failed, is none. Raises a
-    `LoraGrpoError` where none can be: for a file or a live run."""
+    """Whether a run is in `run_dir`; a store without versions is none. Raises a `LoraGrpoError` where none can be."""
     check_folder(run_dir)
     refuse_live(run_dir)
     if Identity.read(run_dir) is None:
@@ -102,11 +101,9 @@ def check_place(run_dir: Path) -> bool:
 
 
 def _checked(config: RunConfig, *, resume: bool) -> RunConfig:
-    """Refuses what the run directory rules out, and changes nothing there. A run that goes on has micro-batches of as
-    many tokens as before, which its bits depend on."""
+    """Refuses what the run directory rules out. A run that goes on is cut as before, on which its bits depend."""
     run_dir = Path(config.output_dir)
-    holds_run = check_place(run_dir)
-    if holds_run and not resume:
+    if (holds_run := check_place(run_dir)) and not resume:
         raise ConfigError(f"{run_dir} holds a run already; go on with --resume, or name another output_dir")
     if not resume or not (run_dir / RESOLVED_FILE).is_file():
         return config

@@ -168,9 +168,8 @@ def learn(parts: Parts, config: GRPOConfig, rewarded: Rewarded, step: int) -> di
 
 
 def canary(parts: Parts, config: GRPOConfig, groups: list[Group], gap: float, step: int) -> CanaryReport | None:
-    """At the first step, at its cadence, and at once when the batch's own gap is above the noise. A batch of an earlier
-    version than the trainer's is compared with that one's weights; its own gap says nothing. Raises `DeliveryError`
-    when it fails."""
+    """At the first step, at its cadence, and when the batch's gap is above the noise. Raises `DeliveryError` when it fails."""
+    # A batch of an earlier version is compared with that one's weights; its own gap says nothing.
     number = groups[0].completions[0].version
     late = number is not None and number != parts.sync.head.number
     due = (step - 1) % config.canary_every == 0 or not (late or gap <= RESOLUTION * parts.sync.noise)

@@ -54,8 +54,8 @@ class LargestBatch:
         return self.prompt_tokens + self.completion_tokens
 
     def sequences(self) -> list[list[int]]:
-        """Token ids, `length` a row. Groups do not begin where batches do: unless one divides the other, one more
-        prompt can be in a batch than its rows would need."""
+        """Token ids, `length` a row."""
+        # Groups do not begin where batches do: unless one divides the other, a batch can hold one prompt more.
         first = 0 if self.rows % self.group == 0 or self.group % self.rows == 0 else self.group - 1
         prompts = [(first + row) // self.group for row in range(self.rows)]
         return [[prompt] * self.prompt_tokens + [0] * self.completion_tokens for prompt in prompts]

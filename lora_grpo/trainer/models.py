@@ -157,8 +157,7 @@ def adapted_leaves(model: Model, peft_config: Any) -> list[str] | None:
 
 
 def adapted_modules(model: Model, peft_config: Any) -> list[LoraModule]:
-    """The layers to be adapted; of a checkpoint's name, as its config alone has them. Raises `ConfigError` or
-    `UnsupportedAdapter` for an adapter that no engine would serve."""
+    """The layers to be adapted. Raises `ConfigError` or `UnsupportedAdapter` for what no engine would serve."""
     if isinstance(model, nn.Module):
         return lora_modules(model, active_adapter(model))
     return check_servable(without_memory(model, peft_config), "default")
@@ -169,7 +168,12 @@ def without_memory(model: Model, peft_config: Any) -> PeftModel:
     config = deepcopy(_lora_config(model, peft_config))
     if isinstance(model, ModelConfig):
         name, empty = model.name, skeleton(model.name, **model.loading)
-        _check_named(empty, name, config.target_modules)
+        paths = [path for path, _ in empty.named_modules()]
+        for target in () if isinstance(config.target_modules, str | None) else config.target_modules:
+            # PEFT skips it where another one is a layer's.
+            if not any(path == target or path.endswith(f".{target}") for path in paths):
+                near = nearest_key(target, _linear(empty))
+                raise ConfigError(f"target_modules: {name} has no layer {target!r}; {near}")
     else:
         base = peft_model_of(model).get_base_model()
         with torch.device("meta"):
@@ -185,14 +189,6 @@ def _with_adapter(base: Any, config: LoraConfig, name: str, **settings: Any) -> 
     except ValueError as error:
         fix = f"its linear layers are {linear}" if targets else ALL_LINEAR
         raise ConfigError(f"target_modules={targets!r} on {name}: {str(error).rstrip('.')}; {fix}") from error
-
-
-def _check_named(empty: nn.Module, model: str, targets: Any) -> None:
-    """Raises `ConfigError` for a name that is no layer's: PEFT skips it where another one is."""
-    paths = [path for path, _ in empty.named_modules()]
-    for target in () if isinstance(targets, str | None) else targets:
-        if not any(path == target or path.endswith(f".{target}") for path in paths):
-            raise ConfigError(f"target_modules: {model} has no layer {target!r}; {nearest_key(target, _linear(empty))}")
 
 
 def _linear(model: nn.Module) -> set[str]:

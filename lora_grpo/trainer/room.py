@@ -35,8 +35,8 @@ class Wanted:
 
     @property
     def batch(self) -> LargestBatch:
-        """A budget of tokens counts a shared prompt once, and is filled with rows of other groups then. On a GPU there
-        is one where none is set: what this many rows take that share nothing."""
+        # A budget of tokens counts a shared prompt once, and is filled with rows of other groups then. On a GPU there
+        # is one where none is set: what this many rows take that share nothing.
         rows, completion_tokens = self.config.per_device_train_batch_size, self.config.max_completion_length
         if self.config.max_tokens_per_micro_batch is not None:
             rows = max(1, self.config.max_tokens_per_micro_batch // (self.prompt_tokens + completion_tokens))

@@ -240,10 +240,10 @@ def guarded(run: Run, guard: Guard, reason: str, reporter: Reporter) -> None:
 
 
 def _put_back(run: Run, head: AdapterVersion, *, waiting: bool) -> RollbackReport:
-    """Engine and trainer at the version to go on from; `waiting`: a rollback to `head` is to be completed. A run that
-    was killed before its first state was written begins again, seeded as at its start."""
+    """Engine and trainer at the version to go on from; `waiting`: a rollback to `head` is to be completed."""
     if "state" not in run.store.where(head.number):
         if head.step == 0 and run.crew(call, "sync.adopt", head):
+            # Killed before its first state was written, it begins again.
             run.crew(seed_everything, run.config.seed)
             return RollbackReport(head, head, "exact", "kept", "kept", "reset", {})
         if waiting:
