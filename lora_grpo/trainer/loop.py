@@ -168,7 +168,7 @@ def learn(parts: Parts, config: GRPOConfig, rewarded: Rewarded, step: int) -> di
 
 
 def canary(parts: Parts, config: GRPOConfig, groups: list[Group], gap: float, step: int) -> CanaryReport | None:
-    """At the first step, at its cadence, and when the batch's gap is above the noise. Raises `DeliveryError` when it fails."""
+    """At the first step, at its cadence, and when the batch's gap is above the noise. `DeliveryError` if it fails."""
     # A batch of an earlier version is compared with that one's weights; its own gap says nothing.
     number = groups[0].completions[0].version
     late = number is not None and number != parts.sync.head.number
