@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -175,10 +175,9 @@ def _card(run: Path, version: AdapterVersion, adapter: Any, weights: str, repo: 
 def _reward_rows(records: Sequence[Record], recorded: list[Record]) -> list[tuple[Any, ...]]:
     """The table's rows: of the log's steps, or else of what was recorded with kept versions."""
     held_out = {record["version"]: record.get("reward") for record in records if record["event"] == "evaluation"}
-    steps: list[Mapping[str, Any]] = [record for record in records if record["event"] == "step"]
     rows = [
         (row["step"], row["version"], row.get("reward"), held_out.get(row["version"], row.get("eval/reward")))
-        for row in steps or recorded
+        for row in [record for record in records if record["event"] == "step"] or recorded
     ]
     # Of a long run the last step and others at even distances before it.
     return rows[:: -max(1, -(-len(rows) // MOST_REWARDS))][::-1]

@@ -140,12 +140,10 @@ def seed_everything(parts: Parts, seed: int) -> None:
 
 
 class Unheard:
-    """What a process other than the first has to tell: nothing, for a run says everything once."""
-
     capture = nullcontext
 
     def message(self, text: str) -> None:
-        return None
+        """A process other than the first has nothing to tell: a run says everything once."""
 
 
 @dataclass

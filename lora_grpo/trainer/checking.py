@@ -36,8 +36,7 @@ from lora_grpo.trainer.preflight import Preflight
 from lora_grpo.trainer.room import Room, Wanted, available_memory, plan_room
 from lora_grpo.types import Completion, Group, Sampling
 
-SWAPS = 3
-SWAP_TOKENS = 8
+SWAPS, SWAP_TOKENS = 3, 8
 STAND_IN = "This is a stand-in for a completion."
 KEPT_BY_LAYERS = ("A_log", "D", "dt_bias")  # what state-space layers start from; other values would not be stable
 Part: TypeAlias = tuple[str, Callable[[], str]]
@@ -168,11 +167,10 @@ class _Run:
         return f"{self.config.model.name}: rank {self.plan.rank} on {on}"
 
     def _served(self) -> str:
-        model = self.config.model
         if self.config.engine.urls:
             return "its servers are asked when the run starts"
         import_vllm()
-        return check_served(model.name, **model.loading)
+        return check_served(self.config.model.name, **self.config.model.loading)
 
     def _one_copy(self) -> str:
         """Whether `share_base_weights` would do; no fault where it would not."""

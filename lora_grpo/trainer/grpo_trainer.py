@@ -213,7 +213,7 @@ def _refuse_unknown(arguments: dict[str, Any], config: Any) -> None:
         raise ConfigError(f"config is a {type(config).__module__}.{type(config).__qualname__}: {CONFIG}")
 
 
-def _what_was_found(recovered: Recovered) -> list[str]:
+def _what_was_found(recovered: Recovered) -> Iterator[str]:
     said = {
         "lost before they reached the archive: versions": recovered.lost,
         "trainer states lost before they reached the archive, of versions": recovered.lost_states,
@@ -223,10 +223,9 @@ def _what_was_found(recovered: Recovered) -> list[str]:
         "deleted, half-written by a process that was killed: folders": recovered.swept,
         "tmpfs was out of date; what the archive has not got of it is yours to delete, in": recovered.set_aside,
     }
-    sentences = [f"{words} {', '.join(map(str, found))}" for words, found in said.items() if found]
+    yield from (f"{words} {', '.join(map(str, found))}" for words, found in said.items() if found)
     if recovered.head_moved is not None:
         before, now = recovered.head_moved
-        sentences.append(f"HEAD was v{before}, which is lost; it is {'nowhere' if now is None else f'v{now}'} now")
+        yield f"HEAD was v{before}, which is lost; it is {'nowhere' if now is None else f'v{now}'} now"
     if recovered.copied_from is not None:
-        sentences.append(f"a copy of the run in {recovered.copied_from}, which does not change")
-    return sentences
+        yield f"a copy of the run in {recovered.copied_from}, which does not change"
