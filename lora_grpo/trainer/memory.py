@@ -160,9 +160,8 @@ def _ways(model: Any, batch: LargestBatch) -> Iterator[tuple[dict[str, Any], Seq
 def _walk(model: Any, inputs: dict[str, Any], spans: Sequence[Span] | None) -> tuple[int, int]:
     """Bytes that are kept for the backward, and the most at any time."""
     backbone, there = model.get_base_model().get_decoder(), in_spans(model, spans) if spans else nullcontext()
-    # Torch has no such attention on the meta device, and would take the one that holds its scores.
-    attend = replaced(nn.functional, scaled_dot_product_attention=lambda q, k, v, *_, **__: _Attention.apply(q, k, v))
-    with torch.device("meta"), attend, there, _Living(model) as living:
+    attention = replaced(nn.functional, scaled_dot_product_attention=_attend)
+    with torch.device("meta"), attention, there, _Living(model) as living:
         output = backbone(**inputs, use_cache=False)
         kept_bytes = living.now_bytes
         output[0].sum().backward()
@@ -205,3 +204,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+    """Torch has no such attention on the meta device, and would take the one that holds its scores."""
+    return _Attention.apply(query, key, value)
