@@ -126,7 +126,7 @@ class Preflight:
         return f"{self.config.total_steps} of {rows // each} prompts x {each} completions, {updates} updates each"
 
     def check_prompts(self, max_model_len: int | None) -> str:
-        """Every row can be rendered, and fits `max_model_len` where that is known; longer ones go where they may.
+        """Every row can be rendered, and fits `max_model_len` where that is known; longer ones go where allowed.
         `train` and `held_out` are afterwards those rows alone."""
         said = []
         for name, (data, lengths) in self._lengths.items():
