@@ -241,17 +241,13 @@ def random_base(model: str) -> Iterator[str]:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[-1]))
     with tempfile.TemporaryDirectory(prefix="lora-grpo-random-") as folder:
         whole.to(config.dtype or torch.bfloat16).save_pretrained(folder)
-        _copy_tokenizer(Path(model), Path(folder))
+        patterns = ("token*", "vocab*", "merges*", "*.model", "chat_template*")
+        own = [path for pattern in patterns for path in Path(model).glob(pattern)]
+        for path in own:
+            shutil.copy(path, folder)
+        if not own:
+            tokens = ["<eos>", *sorted(ByteLevel.alphabet())]
+            of_bytes = Tokenizer(BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
+            of_bytes.pre_tokenizer, of_bytes.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+            PreTrainedTokenizerFast(tokenizer_object=of_bytes, eos_token="<eos>").save_pretrained(folder)
         yield folder
-
-
-def _copy_tokenizer(model: Path, folder: Path) -> None:
-    patterns = ("token*", "vocab*", "merges*", "*.model", "chat_template*")
-    names = [path for pattern in patterns for path in model.glob(pattern)]
-    for path in names:
-        shutil.copy(path, folder)
-    if not names:
-        tokens = ["<eos>", *sorted(ByteLevel.alphabet())]
-        of_bytes = Tokenizer(BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
-        of_bytes.pre_tokenizer, of_bytes.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        PreTrainedTokenizerFast(tokenizer_object=of_bytes, eos_token="<eos>").save_pretrained(folder)

@@ -83,7 +83,8 @@ def make_good(run: Run, reporter: Reporter) -> None:
         return
     if all(metrics["step"] != measured["step"] for metrics in run.history):
         _record(run, measured)
-        _write_down(run, reporter, measured)
+        run.history.append(measured)
+        reporter.step(measured["step"], measured)
     if all(result.version != run.version.number for result in run.evaluations):
         _evaluate_when_due(run, reporter)
 
@@ -110,14 +111,10 @@ def _step(run: Run, reporter: Reporter, rollout: Rollout) -> None:
         publish(run, step, metrics)
     metrics |= {**(run.sync.last_receipt.metrics if run.sync.last_receipt else {}), **reporter.seconds}
     metrics |= {BACKLOG: run.store.archive_backlog_bytes, "step_time": sum(reporter.seconds.values())}
-    _write_down(run, reporter, metrics)
+    run.history.append(metrics)
+    reporter.step(step, metrics)
     if config.log_completions_every and step % config.log_completions_every == 0:
         reporter.samples(step, sample_rows(rewarded))
-
-
-def _write_down(run: Run, reporter: Reporter, metrics: dict[str, Any]) -> None:
-    run.history.append(metrics)
-    reporter.step(metrics["step"], metrics)
 
 
 def _record(run: Run, metrics: Mapping[str, Any]) -> None:

@@ -115,14 +115,13 @@ class Run:
 
 
 def run_info(run: Run) -> dict[str, Any]:
-    probe, match = run.sync.probe, run.sync.base_match
     return {
         "model": getattr(peft_model_of(run.model).base_model.model.config, "_name_or_path", ""),
         "device": str(run.policy.device),
         "adapter_mib": round(run.sync.adapter_bytes / 2**20, 3),
         "store": str(run.store.root),
-        "base_match": None if match is None else str(match),
-        "probe": None if probe is None else asdict(probe),
+        "base_match": run.sync.base_match and str(run.sync.base_match),
+        "probe": run.sync.probe and asdict(run.sync.probe),
         "packages": package_versions(),
         "config": run.config.model_dump(mode="json"),
     }
