@@ -148,11 +148,10 @@ def summary(run: Run, seconds: float) -> dict[str, Any]:
 
 def roll_back(run: Run, to: Target, *, reason: str | None = None, learning_rate_factor: float = 1.0) -> RollbackReport:
     """Engine and trainer go on from `to`; data position and learning rate are written down before `HEAD` moves."""
-    log, left = run.rollback_log, run.version
-    version = run.store.get(to)
+    log, version = run.rollback_log, run.store.get(to)
     run.source.drop("rollback")
     scale, sampler = log.learning_rate_scale * learning_rate_factor, run.source.sampler.state_dict()
-    with log.written(Rollback(left.number, version.number, sampler, scale, reason, time.time())):
+    with log.written(Rollback(run.version.number, version.number, sampler, scale, reason, time.time())):
         report: RollbackReport = run.crew(call, "sync.rollback", version.number)
     run.crew(apply_optimizer_settings, scale)
     run.take_up(version.step, without_signal=0)
