@@ -37,7 +37,7 @@ from lora_grpo.bench.gauges import Clock, collect, forget_peaks, level, peak
 from lora_grpo.bench.host import asked, provenance, write_result
 from lora_grpo.bench.shapes import byte_tokenizer, shape_config
 from lora_grpo.config import EngineConfig
-from lora_grpo.engines.delivery.canary import take_canary
+from lora_grpo.engines.delivery.agreement import take_canary
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.packing import in_spans, pack

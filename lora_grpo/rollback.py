@@ -1,17 +1,19 @@
 """Back to an earlier version: the engine first, then the trainer, then `HEAD`; or nothing at all."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from torch import nn
+
 from lora_grpo.adapters.peft_form.modules import reshard
-from lora_grpo.adapters.peft_form.serving import assign_rounded, load_tensors
+from lora_grpo.adapters.peft_form.serving import Held, assign_rounded, load_tensors
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import WEIGHTS_FILE, AdapterVersion, Target
-from lora_grpo.engines.base import Engine, is_remote
+from lora_grpo.engines.base import Engine, LoadReceipt, is_remote
 from lora_grpo.engines.delivery.probe import probe_sequences
-from lora_grpo.errors import ConfigError, UnknownVersion
+from lora_grpo.errors import UnknownVersion
 from lora_grpo.grpo.forward import teacher_logprobs
 from lora_grpo.state import TrainerState, Training, capture_state, check_state, read_state, restore_state
 
@@ -38,48 +40,48 @@ class RollbackReport:
     def __str__(self) -> str:
         if self.optimizer == self.random_state == "kept":
             return f"{self.version} is HEAD already: nothing has changed"
-        return (
-            f"rolled back from {self.left} to {self.version} (step {self.version.step}): weights {self.weights}, "
-            f"optimizer {self.optimizer}, scheduler {self.scheduler}, random state {self.random_state}"
-        )
+        went = f"rolled back from {self.left} to {self.version} (step {self.version.step})"
+        rest = f"optimizer {self.optimizer}, scheduler {self.scheduler}, random state {self.random_state}"
+        return f"{went}: weights {self.weights}, {rest}"
 
 
-def roll_back(store: AdapterStore | None, engine: Engine, training: Training, to: Target) -> RollbackReport:
+def roll_back(store: Callable[[], AdapterStore], engine: Engine, training: Training, to: Target) -> RollbackReport:
     """Serve and train from an earlier version again; if any part fails in any process, nothing has changed in any.
-
-    The engine confirms the version first, then the trainer is put back, then `HEAD` moves. Called by every process;
-    the first one has the store."""
+    Called by every process; `store` is asked for in the first one alone."""
     processes = training.processes
-    left, version = processes.first(lambda: (the_firsts(store).head, the_firsts(store).get(to)))
+    left, version = processes.first(lambda: (store().head, store().get(to)))
     if left is None:
         raise UnknownVersion("no version was promoted yet, so there is none to roll back to")
     served = engine.loaded()
     if not all(processes.gather(version in served)):
-        version = processes.first(lambda: the_firsts(store).restore(version))
+        version = processes.first(lambda: store().restore(version))
     state = kept_state(store, version, training)
     before = capture_state(training, {})
-    processes.first(lambda: the_firsts(store).acquire(version))
+    processes.first(lambda: store().acquire(version))
     try:
         _load(engine, version, training)
         report = _restore(state, version, left, training)
-        processes.first(lambda: the_firsts(store).promote(version))
+        processes.first(lambda: store().promote(version))
         return report
     except BaseException:
         try:
-            _serve_again(engine, served, training)
+            for other in set(engine.loaded()) - set(served):
+                engine.unload(other)
+            for earlier in served:
+                _load(engine, earlier, training)
         finally:
             restore_state(before, training)
         raise
     finally:
-        if store is not None:
-            store.release(version)
+        if processes.index == 0:
+            store().release(version)
 
 
-def kept_state(store: AdapterStore | None, version: AdapterVersion, training: Training) -> TrainerState | None:
+def kept_state(store: Callable[[], AdapterStore], version: AdapterVersion, training: Training) -> TrainerState | None:
     """The version's trainer state if it was kept, checked against these modules (`StoreCorrupt`), in every process."""
 
     def read() -> TrainerState | None:
-        if (files := the_firsts(store).load_state(version.number)) is None:
+        if (files := store().load_state(version.number)) is None:
             return None
         state = read_state(files)
         check_state(state, training.modules)
@@ -88,34 +90,24 @@ def kept_state(store: AdapterStore | None, version: AdapterVersion, training: Tr
     return training.processes.first(read)
 
 
-def the_firsts(store: AdapterStore | None) -> AdapterStore:
-    """Raises `ConfigError` in a process that has none."""
-    if store is None:
-        raise ConfigError("only the first process has the store: pass store= there and use it there")
-    return store
+def load_as_it_is(engine: Engine, version: AdapterVersion, model: nn.Module, held: Held | None = None) -> LoadReceipt:
+    """Have the engine prove the version that the model computes now: nobody can look into a server, so it is told what
+    the probe's tokens have to look like."""
+    if not is_remote(engine):
+        return engine.load(version, held=held)
+    return engine.load(version, expected=teacher_logprobs(model, probe_sequences(engine.describe_base())))
 
 
 def _load(engine: Engine, version: AdapterVersion, training: Training) -> None:
-    """Have the engine prove a version. For servers, which are told what to answer, the model takes on its weights:
-    whoever calls this puts the trainer in order afterwards."""
+    """For servers the model takes on the version's weights: whoever calls this puts the trainer in order afterwards."""
     if not is_remote(engine) or version in engine.loaded():
         engine.load(version)
-        return
-    _take_on(version, training)
-    sequences = probe_sequences(engine.describe_base())
-    engine.load(version, expected=teacher_logprobs(training.model, sequences))
-
-
-def _serve_again(engine: Engine, served: Sequence[AdapterVersion], training: Training) -> None:
-    """Leave loaded what was loaded before, in the same order of use."""
-    for version in set(engine.loaded()) - set(served):
-        engine.unload(version)
-    for version in served:
-        _load(engine, version, training)
+    else:
+        _take_on(version, training)
+        load_as_it_is(engine, version, training.model)
 
 
 def _take_on(version: AdapterVersion, training: Training) -> None:
-    """Give the model the weights that `version` serves."""
     tensors = training.processes.first(lambda: load_tensors(version.path / WEIGHTS_FILE))
     reshard(training.model)
     training.processes.each(lambda: assign_rounded(tensors, training.modules))

@@ -15,18 +15,16 @@ from lora_grpo.adapters.files.disk import STAGING, digest_buffers
 from lora_grpo.adapters.peft_form.checks import active_adapter, check_rank, check_same_dtype, check_servable
 from lora_grpo.adapters.peft_form.export import RECIPE_FILE, Recipe, Weights, export_adapter, keep_tokenizer
 from lora_grpo.adapters.peft_form.modules import keep_trainable, peft_model_of
-from lora_grpo.adapters.peft_form.serving import Held, ServingForm, weights_of
+from lora_grpo.adapters.peft_form.serving import ServingForm, weights_of
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion, Target, as_step
-from lora_grpo.engines.base import Engine, LoadReceipt, is_remote
-from lora_grpo.engines.delivery.base_match import BaseMatch
-from lora_grpo.engines.delivery.canary import CANARY_NOISE, CanaryReport, rows_of, take_canary
-from lora_grpo.engines.delivery.probe import ProbeReport, Proofs, probe_sequences, prove
+from lora_grpo.engines.base import Engine, LoadReceipt
+from lora_grpo.engines.delivery.agreement import CANARY_NOISE, BaseMatch, CanaryReport, take_canary
+from lora_grpo.engines.delivery.probe import ProbeReport, Proofs, prove
 from lora_grpo.engines.wrapped import joint
 from lora_grpo.errors import ConfigError, TrainingError
-from lora_grpo.grpo.forward import teacher_logprobs
 from lora_grpo.grpo.processes import Processes
-from lora_grpo.rollback import RollbackReport, kept_state, roll_back, the_firsts
+from lora_grpo.rollback import RollbackReport, kept_state, load_as_it_is, roll_back
 from lora_grpo.state import Training, capture_state, restore_state
 from lora_grpo.types import Group
 
@@ -106,12 +104,10 @@ class NativeSync:
         self.base_match: BaseMatch | None = None
         self.probe: ProbeReport | None = None
         if self.engine.proof != "none":
-            base, scratch = self.engine.describe_base(), self._root / STAGING
+            base, home = self.engine.describe_base(), self._root / STAGING
             self.processes.each(lambda: check_same_dtype(model, base.dtype))
-            self._probed = probe_sequences(base)
             given: Proofs = {} if proofs is None else proofs
-            proven = prove(given, model, self._form, self.engine, self.processes, scratch, self._publish_probe)
-            self.base_match, self.probe = proven
+            self.base_match, self.probe = prove(given, self._form, self.engine, self.processes, home, self._keep_probe)
         self.noise = 0.0 if self.probe is None else self.probe.noise
         self.last_receipt: PushReceipt | None = None
         self.processes.first(lambda: self.recipe.check(self.store))
@@ -130,10 +126,11 @@ class NativeSync:
         version = self.processes.first(lambda: self._publish(files, as_step(step)))
         self.processes.each(lambda: self._check_equal(files, version))
         written = time.perf_counter()
-        load = self._load(version, self._form.held)
+        load = load_as_it_is(self.engine, version, self.model, self._form.held)
         loaded = time.perf_counter()
         try:
-            self._promote(version)
+            self.processes.first(lambda: self.store.promote(version))
+            self._head = version
         except BaseException:
             self.engine.unload(version)
             raise
@@ -155,7 +152,7 @@ class NativeSync:
         """
         self.processes.each(self._form.require_open)
         try:
-            report = roll_back(self._store, self.engine, self.training, to)
+            report = roll_back(lambda: self.store, self.engine, self.training, to)
             self._head = report.version
         finally:
             self._lease_loaded()
@@ -166,7 +163,7 @@ class NativeSync:
 
     def restore_trainer(self, version: AdapterVersion) -> bool:
         """Restore only the trainer to its state when `version` was published; False if that was not kept."""
-        state = kept_state(self._store, version, self.training)
+        state = kept_state(lambda: self.store, version, self.training)
         if state is not None:
             restore_state(state, self.training)
         return state is not None
@@ -176,8 +173,9 @@ class NativeSync:
         if not self.holds(version):
             return False
         version = self.processes.first(lambda: self.store.restore(version))
-        self._load(version, self._form.held)
-        self._promote(version)
+        load_as_it_is(self.engine, version, self.model, self._form.held)
+        self.processes.first(lambda: self.store.promote(version))
+        self._head = version
         self._lease_loaded()
         return True
 
@@ -188,7 +186,7 @@ class NativeSync:
 
     def serve(self) -> None:
         """Load `head` into the engine again, after other versions took its place; the model has its weights."""
-        self._load(self.head, None)
+        load_as_it_is(self.engine, self.head, self.model)
         self._lease_loaded()
 
     def close(self) -> None:
@@ -205,25 +203,16 @@ class NativeSync:
     @property
     def store(self) -> AdapterStore:
         """Raises `ConfigError` in a process that has none."""
-        return the_firsts(self._store)
+        if self._store is None:
+            raise ConfigError("only the first process has the store: pass store= there and use it there")
+        return self._store
 
     @property
     def training(self) -> Training:
         """The parts that a trainer state is made of: model, optimizer, scheduler, random state."""
         return Training(self.model, self._form.modules, self.optimizer, self.scheduler, self.processes)
 
-    def _load(self, version: AdapterVersion, held: Held | None) -> LoadReceipt:
-        if not is_remote(self.engine):
-            return self.engine.load(version, held=held)
-        # Nobody can look into a server: it is told what the probe's tokens have to look like now.
-        return self.engine.load(version, expected=teacher_logprobs(self.model, self._probed))
-
-    def _promote(self, version: AdapterVersion) -> None:
-        self.processes.first(lambda: self.store.promote(version))
-        self._head = version
-
     def _check_equal(self, files: Mapping[str, Any], version: AdapterVersion) -> None:
-        """Raises `TrainingError` where another process than the first trains other weights than were published."""
         if self.processes.index and digest_buffers(files) != version.digest:
             raise TrainingError(f"the adapter here is not the {version} that the first process published: they drifted")
 
@@ -241,10 +230,8 @@ class NativeSync:
     def _publish(self, files: Mapping[str, Sequence[Any]], step: int) -> AdapterVersion:
         if (head := self.store.head) != self._head:
             # Another one publishes to this store.
-            left = (
-                f"HEAD in {self._root} is {head or 'nowhere'}, but this NativeSync left it at {self._head or 'nowhere'}"
-            )
-            raise ConfigError(f"{left}: give each model a store of its own, and go back with sync.rollback")
+            found = f"HEAD in {self._root} is {head or 'nowhere'}, but this sync left it at {self._head or 'nowhere'}"
+            raise ConfigError(f"{found}: give each model a store of its own, and go back with sync.rollback")
         if self.last_receipt is None and self.store.archive is not None:
             self.recipe.write(self.store.archive / RECIPE_FILE)
             keep_tokenizer(self.tokenizer, self.store.archive)
@@ -275,7 +262,9 @@ class NativeSync:
             raise ConfigError(f"{type(self.engine).__name__} proves nothing; a canary needs a real engine")
         named: Target = self.head if version is None else version
         version = named if isinstance(named, AdapterVersion) else self.processes.first(lambda: self.store.get(named))
-        rows = rows_of(groups, version)
+        rows = [(group.prompt_token_ids, made) for group in groups for made in group.completions]
+        if stale := {made.version for _, made in rows} - {version.number}:
+            raise ConfigError(f"completions of versions {stale} cannot be checked against {version}; pass its own")
         weights = nullcontext() if version == self.head else weights_of(version, self._form.modules)
         limits = {"known_noise": self.noise, "most_noise": CANARY_NOISE * self.probe.noise}
         report = take_canary(self.model, self.engine.logprobs, rows, weights, temperature, batch_rows, **limits)
@@ -291,7 +280,7 @@ class NativeSync:
             raise ConfigError("nothing was pushed yet; call sync.push(step) first")
         return head
 
-    def _publish_probe(self, files: Mapping[str, Any]) -> AdapterVersion:
+    def _keep_probe(self, files: Mapping[str, Any]) -> AdapterVersion:
         """Put the probe into the store, of step -1 and never promoted, for servers to pull; it stays for restarts."""
         version = self.processes.first(lambda: self.store.acquire(self.store.publish(files, step=-1, parent=None)))
         self._kept.append(version.number)

@@ -17,8 +17,8 @@ import xxhash
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.engines import packing
 from lora_grpo.engines.base import BaseDescription
-from lora_grpo.engines.delivery import base_match
-from lora_grpo.engines.delivery.base_match import describe, match_base
+from lora_grpo.engines.delivery import agreement
+from lora_grpo.engines.delivery.agreement import describe, match_base
 from lora_grpo.engines.names import BaseReading, read_base
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import DeliveryError, UnsupportedAdapter
@@ -229,7 +229,7 @@ def test_what_could_not_be_read_is_listed_and_never_counted_as_equal(llama_dir: 
 def test_a_tensor_that_is_gathered_is_not_told_as_quantized(llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What FSDP2 sharded is whole, in another tensor than the trainer's."""
     served, trainer = load_model(llama_dir, dtype="bfloat16"), load_model(llama_dir)
-    monkeypatch.setattr(base_match, "DTensor", torch.Tensor)
+    monkeypatch.setattr(agreement, "DTensor", torch.Tensor)
     monkeypatch.setattr(torch.Tensor, "full_tensor", lambda tensor: tensor.detach().clone(), raising=False)
     model = tiny_lora(trainer)
     assert match_base(Stand(served), model, Processes(None)).quantized == 0  # type: ignore[arg-type]

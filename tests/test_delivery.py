@@ -22,9 +22,9 @@ from lora_grpo.adapters.peft_form.serving import ServingForm
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import CONFIG_FILE, WEIGHTS_FILE, AdapterVersion
 from lora_grpo.engines import compat
-from lora_grpo.engines.base import BaseDescription
+from lora_grpo.engines.base import BaseDescription, Witness
 from lora_grpo.engines.delivery import probe
-from lora_grpo.engines.delivery.canary import Witness
+from lora_grpo.engines.delivery.agreement import probe_error
 from lora_grpo.engines.delivery.probe import run_probe
 from lora_grpo.engines.delivery.slots import SlotView
 from lora_grpo.engines.fake import FakeEngine
@@ -338,11 +338,11 @@ def test_probe_catches_a_wrong_scale(
 def test_a_base_with_much_noise_widens_the_probes_limit_by_a_share_of_the_signal_at_most(
     growth: float, most: float
 ) -> None:
-    witness = Witness([[1, 2]], base=[[-3.0]], loud=[[-2.0]], signal=1.0, growth=growth)
+    witness = Witness(base=[[-3.0]], loud=[[-2.0]], signal=1.0, most_noise=0.2, growth=growth)
     assert witness.most_error(0.02) == pytest.approx(most)
-    assert witness.error([[-2.0 + most - 0.01]], 0.02) == pytest.approx(most - 0.01)
+    assert probe_error([[-2.0 + most - 0.01]], witness, 0.02) == pytest.approx(most - 0.01)
     with pytest.raises(DeliveryError, match=rf"differ by .* \(at most {most}; base noise 0.02\)"):
-        witness.error([[-2.0 + most + 0.01]], 0.02)
+        probe_error([[-2.0 + most + 0.01]], witness, 0.02)
 
 
 def test_probe_leaves_no_trace(llama_engine: VLLMEngine, llama_dir: Path, shm_dir: Path) -> None:
@@ -460,7 +460,7 @@ def test_a_probe_that_cannot_be_says_why(
                 return [[value - off for value in row] for row in teacher_logprobs(model, sequences)]
 
     with pytest.raises(error, match=says):
-        run_probe(model, ServingForm(model, "default", torch.bfloat16), Answering(lambda *_: ""), shm_dir)
+        run_probe(ServingForm(model, "default", torch.bfloat16), Answering(lambda *_: ""), shm_dir)
 
 
 def scaled_attention(model: Any) -> None:
@@ -524,7 +524,7 @@ def test_a_trainer_that_computes_otherwise_is_refused_and_one_that_rounds_is_not
             return right
 
     with pytest.raises(ends, match="rounding explains" if ends is UnsupportedAdapter else None):
-        run_probe(model, ServingForm(model, "default", torch.bfloat16), Answering(lambda *_: ""), shm_dir)
+        run_probe(ServingForm(model, "default", torch.bfloat16), Answering(lambda *_: ""), shm_dir)
 
 
 def test_another_base_is_refused(llama_dir: Path, llama_engine: VLLMEngine, shm_dir: Path, tmp_path: Path) -> None:

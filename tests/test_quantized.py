@@ -19,7 +19,7 @@ from lora_grpo.adapters.peft_form.modules import plain_values
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines import packing
-from lora_grpo.engines.delivery.base_match import match_base
+from lora_grpo.engines.delivery.agreement import match_base
 from lora_grpo.engines.local import targets
 from lora_grpo.engines.local.targets import served_scheme
 from lora_grpo.engines.server.engine import VLLMServerEngine

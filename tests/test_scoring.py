@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_grpo.engines.delivery.canary import take_canary
+from lora_grpo.engines.delivery.agreement import take_canary
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.grpo import forward
 from lora_grpo.grpo.batch import Batch

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from lora_grpo.cli import app
 from lora_grpo.engines.local import targets
 from lora_grpo.engines.resolver import PLUGIN
-from lora_grpo.engines.server import launch
 from lora_grpo.engines.server.launch import Server, Servers, Serving
 from lora_grpo.errors import ConfigError, EngineError
 from tests.families import build
@@ -92,7 +92,7 @@ def test_what_cannot_be_served(settings: dict[str, Any], names: str) -> None:
 
 
 def test_more_replicas_than_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(launch, "_device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match="there are 1"):
         Servers(Serving("m", replicas=2), tmp_path)
 

@@ -25,8 +25,7 @@ from safetensors.torch import save
 
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
-from lora_grpo.engines.base import BaseDescription
-from lora_grpo.engines.delivery.canary import Witness
+from lora_grpo.engines.base import BaseDescription, Witness
 from lora_grpo.engines.delivery.probe import probe_sequences
 from lora_grpo.engines.fake import FakeEngine
 from lora_grpo.engines.requests import asked
@@ -94,7 +93,7 @@ def answers(known: AdapterVersion) -> list[list[float]]:
 def probed(engine: VLLMServerEngine, folder: Path, loud: AdapterVersion | None = None) -> VLLMServerEngine:
     """The engine after what `run_probe` does to it."""
     loud = loud or version(folder / "loud", 1)
-    engine.keep_probe(loud, Witness(SEQUENCES, scores("", SEQUENCES), answers(loud), 0.3), noise=0.001)
+    engine.keep_probe(loud, Witness(scores("", SEQUENCES), answers(loud), 0.3, 0.2), noise=0.001)
     return engine
 
 
@@ -664,8 +663,7 @@ def test_close_leaves_nothing_behind(pair: Pair, versions: list[AdapterVersion])
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes seconds takes tenths of them."""
     monkeypatch.setattr(client, "LOOK_EVERY_S", 0.1)
-    for room in (client, replica):
-        monkeypatch.setattr(room, "QUICK_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(client, "QUICK_TIMEOUT_S", 0.3)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -849,8 +847,7 @@ def test_versions_in_use_are_never_missed_by_another_thread(
     try:
         looking.start()
         for turn in range(20_000):
-            with fleet.using([versions[turn % 2]]):
-                pass
+            fleet.in_use.add(fleet.in_use.find(versions[turn % 2]))
     finally:
         sys.setswitchinterval(interval_s)
         done.set()
@@ -861,7 +858,7 @@ def test_versions_in_use_are_never_missed_by_another_thread(
 def test_closing_waits_for_a_frozen_server_only_as_long_as_a_well_one_takes(
     connect: MakeEngine, pair: Pair, versions: list[AdapterVersion], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replica, "QUICK_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(client, "QUICK_TIMEOUT_S", 0.3)
     engine = connect()
     engine.load(versions[0])
     pair[0].frozen = True

@@ -75,7 +75,7 @@ def loaded(request: pytest.FixtureRequest, shm_dir: Path) -> Iterator[Loaded]:
         version = store.publish(form.files(), step=0)
         file, prover = open_adapter(version), SlotProver(llm)
         binding = prover.bind(version, file)
-        binding.slot(SLOT).write(file, binding.tensors(file))
+        binding.slot(SLOT).write(file, binding.tensors(file, None))
         yield prover, version, file, binding, layer, form
 
 
@@ -102,7 +102,7 @@ def test_every_slice_gets_its_a_and_its_rows_of_b(loaded: Loaded) -> None:
 
 def test_what_the_trainer_holds_is_cut_alike(loaded: Loaded) -> None:
     _, _, file, binding, _, form = loaded
-    for cut, tensor in zip(binding.cut(form.held), binding.tensors(file), strict=True):
+    for cut, tensor in zip(binding.tensors(file, form.held), binding.tensors(file, None), strict=True):
         assert torch.equal(cut, tensor)
 
 

@@ -14,7 +14,7 @@ import torch
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.base import LoadReceipt
-from lora_grpo.engines.delivery.canary import judge
+from lora_grpo.engines.delivery.agreement import CanaryReport
 from lora_grpo.engines.delivery.slots import SlotProver
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, DeliveryError, NoRoom, TrainingError
@@ -237,13 +237,13 @@ def test_a_push_after_going_back_to_the_oldest_loaded_version_keeps_it(
 )
 def test_verdicts_at_a_noise_of_a_hundredth(gap: float, signal: float, verdict: str) -> None:
     """A sampler on the base has gap = signal: never "ok", at any signal."""
-    assert judge(gap, signal, 0.01) == verdict
+    assert CanaryReport(gap, signal, 0.01, tokens=1).verdict == verdict
 
 
 def test_verdicts_without_noise_and_with_a_broken_one() -> None:
-    assert judge(0.0, 0.0, 0.0) == "inconclusive"
-    assert judge(0.0, 1e-6, 0.0) == "ok"
-    assert judge(0.01, 1.0, math.nan) == "failed"
+    assert CanaryReport(0.0, 0.0, 0.0, tokens=1).verdict == "inconclusive"
+    assert CanaryReport(0.0, 1e-6, 0.0, tokens=1).verdict == "ok"
+    assert CanaryReport(0.01, 1.0, math.nan, tokens=1).verdict == "failed"
 
 
 def test_the_canary_passes_for_the_version_that_was_pushed(

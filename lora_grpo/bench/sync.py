@@ -20,7 +20,7 @@ from lora_grpo.bench.plan import NATIVE, Cell, Settings, Subject, alone, beside_
 from lora_grpo.bench.schema import RollbackRow, SyncRow
 from lora_grpo.bench.strategies import Native
 from lora_grpo.bench.strategy import ADAPTER, Strategy
-from lora_grpo.engines.delivery.base_match import match_base
+from lora_grpo.engines.delivery.agreement import match_base
 from lora_grpo.engines.delivery.probe import run_probe
 from lora_grpo.grpo.forward import mean_abs_difference
 from lora_grpo.grpo.processes import Processes
@@ -113,7 +113,7 @@ def _proofs_of(strategy: Native, settings: Settings) -> Iterator[tuple[str, int 
     engine, model = strategy.engine, strategy.trainer.model
     dtype, staging = getattr(torch, engine.lora_dtype), strategy.store.root / STAGING
     yield "same base", None, lambda: match_base(engine, model, Processes(None))
-    yield "probe", None, lambda: run_probe(model, ServingForm(model, ADAPTER, dtype), engine, staging)
+    yield "probe", None, lambda: run_probe(ServingForm(model, ADAPTER, dtype), engine, staging)
     tokens = settings.prompt_tokens
     sampling = Sampling(n=1, max_tokens=tokens, temperature=1.0, seed=strategy.subject.seed, ignore_eos=True)
     for rows in settings.canary_rows:

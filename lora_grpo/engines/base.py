@@ -53,6 +53,25 @@ class BaseDescription:
     placeholders: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Witness:
+    """Log-probs that a trainer computes of the probe's sequences without an adapter (`base`) and with the loud one,
+    which moves them by `signal` nats per token. A server's base may differ by `most_noise` nats, and rounding errors
+    weigh `growth` times as much with the loud adapter as without."""
+
+    base: LogProbs
+    loud: LogProbs
+    signal: float
+    most_noise: float
+    growth: float = 1.0
+
+    def most_error(self, noise: float) -> float:
+        """Nats by which an engine with the probe may differ, where its base differs by `noise`: a tenth of the signal
+        (a scale wrong by 2 differs by half of it), and twice the noise under the adapter, up to as much again."""
+        share = 0.1 * self.signal
+        return share + min(2.0 * self.growth * noise, share)
+
+
 @runtime_checkable
 class Engine(Protocol):
     """Serves adapter versions, which never change. Use it from one thread. There is no 'current' version."""

@@ -10,8 +10,7 @@ from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines import compat, requests
 from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof, Samplings
-from lora_grpo.engines.delivery.base_match import describe
-from lora_grpo.engines.delivery.canary import MAX_BASE_NOISE_NATS
+from lora_grpo.engines.delivery.agreement import MAX_BASE_NOISE_NATS, describe
 from lora_grpo.engines.delivery.probe import probe_sequences
 from lora_grpo.engines.local.residents import Loaded, Residents
 from lora_grpo.engines.local.running import StepDriver, Turn, check_may_sleep, hold, vllm_boundary

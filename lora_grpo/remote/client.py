@@ -60,20 +60,18 @@ class StoreClient:
         name = served_name(run, manifest.number)
         with reported(f"writing {name}"):
             for file, size_bytes in sorted(manifest.sizes.items()):
-                self._pull_file(manifest.number, file, size_bytes, folder / file)
+                asking = self._asking(f"/versions/{manifest.number}/{file}")
+                with asking as response, open(folder / file, "xb") as stream:
+                    for chunk in response.iter_raw():
+                        if response.num_bytes_downloaded > size_bytes:
+                            raise StoreCorrupt(f"{self.url} sends more than the {size_bytes} bytes of {name}'s {file}")
+                        stream.write(chunk)
             write_file(folder / MANIFEST_FILE, [manifest.to_bytes()], sync=False)
         try:
             verify_version(folder, manifest)
         except StoreCorrupt as error:
             fix = "Run 'lora-grpo verify' on the run; store.restore(number) there replaces a damaged copy"
             raise StoreCorrupt(f"what {self.url} sent as {name} is not what was published: {error}. {fix}") from error
-
-    def _pull_file(self, number: int, file: str, size_bytes: int, path: Path) -> None:
-        with self._asking(f"/versions/{number}/{file}") as response, open(path, "xb") as stream:
-            for chunk in response.iter_raw():
-                if response.num_bytes_downloaded > size_bytes:
-                    raise StoreCorrupt(f"{self.url} sends more than the {size_bytes} bytes of v{number}'s {file}")
-                stream.write(chunk)
 
     def close(self) -> None:
         self._http.close()
@@ -96,11 +94,10 @@ class StoreClient:
             sentence = str(response.json()["error"])
         except (ValueError, KeyError, TypeError):
             sentence = f"{response.text[:200]!r} (is it a store server?)"
-        if response.status_code == 401:
-            raise ConfigError(f"the store at {self.url} refuses this token: {sentence}")
-        if response.status_code == 404:
-            raise UnknownVersion(f"the store at {self.url} answers: {sentence}")
-        raise StoreError(f"the store at {self.url} answers {path} with {response.status_code}: {sentence}")
+        status = response.status_code
+        kind = {401: ConfigError, 404: UnknownVersion}.get(status, StoreError)
+        said = "refuses this token" if status == 401 else f"answers {path} with {status}"
+        raise kind(f"the store at {self.url} {said}: {sentence}")
 
 
 def _checked(url: str) -> str:
@@ -122,15 +119,14 @@ class ReplicaCache:
             OwnFolder.sweep(parent, _FOLDER)
             own = OwnFolder(parent, _FOLDER)
             half_bytes = shutil.disk_usage(parent).total // 2
-        self.folder = own.path
         self.budget_bytes = half_bytes if budget_bytes is None else budget_bytes
-        self.used_bytes = 0
+        self.folder, self.used_bytes = own.path, 0
         self.close = weakref.finalize(self, own.close)
         """Removes the folder, now or when the process ends. Close the engine first."""
 
     def path(self, run: str, number: int) -> Path | None:
         """Where a version lies, None where it was not pulled. A folder in its place is whole and was checked."""
-        tree = self._tree(run)
+        tree = Tree(self.folder / run, (VERSIONS,), sync=False)
         return tree.folder(VERSIONS, number) if tree.has(VERSIONS, number) else None
 
     def pull(self, client: StoreClient, run: str, number: int) -> Path:
@@ -142,7 +138,7 @@ class ReplicaCache:
             room = f"this replica has room for {left / MIB:.1f} beside the {self.used_bytes / MIB:.1f} that it keeps"
             fix = "raise LORA_GRPO_STORE_CACHE_MIB (on a tmpfs that holds it), or restart it, which empties its cache"
             raise NoRoom(f"{name} takes {manifest.size_bytes / MIB:.1f} MiB, but {room}: {fix}")
-        tree = self._tree(run)
+        tree = Tree(self.folder / run, (VERSIONS,), sync=False)
         with reported(f"pulling {name}"):
             tree.create()
             with tree.staged(VERSIONS, number) as folder:
@@ -150,9 +146,6 @@ class ReplicaCache:
                 open_adapter(manifest.version(folder))
         self.used_bytes += manifest.size_bytes
         return tree.folder(VERSIONS, number)
-
-    def _tree(self, run: str) -> Tree:
-        return Tree(self.folder / run, (VERSIONS,), sync=False)
 
 
 def read_token(file: str | Path | None = None) -> str:

@@ -4,8 +4,8 @@
     GET /versions/NUMBER/FILE    the bytes of one of a version's two PEFT files
 
 Every request needs `Authorization: Bearer TOKEN`. Errors are `{"error": SENTENCE}`: 401 for the token, 404 for a
-version or file that there is not, 500 for a damaged store. The token and the adapters travel as they are: across a
-network that others can read, put a TLS proxy in front and give the replicas its https address."""
+version or file that there is not, 500 for a damaged store. Across a network that others can read, put a TLS proxy in
+front: token and adapters travel as they are."""
 
 import asyncio
 import hmac
@@ -21,9 +21,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import anyio
 import uvicorn
-from starlette.applications import Starlette
-from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -36,19 +34,16 @@ from lora_grpo.adapters.version import PEFT_FILES
 from lora_grpo.errors import StoreError, UnknownVersion
 from lora_grpo.remote.client import read_token
 
-MOST = 64
-"""Connections; fewer where that is an eighth of what the process may open: each takes three descriptors of it."""
 REQUEST_S = 10.0
 """From a connection's start, or the end of its last answer, to the end of a request's header."""
 _STOP_TIMEOUT_S = 5
 _STALL_S = 60.0
-_NUMBER = re.compile("[1-9][0-9]{0,8}")
+_PATH = re.compile(rf"/versions/([1-9][0-9]{{0,8}})(?:/({'|'.join(map(re.escape, PEFT_FILES))}))?")
 
 
 class StoreServer:
-    """Serves a store from a thread, within a `with` block, through a reader of its own: it takes no lock of the
-    writer's, goes on while the writer is busy or closed, and changes nothing. Connections are few and short-lived (see
-    `BoundedProtocol`), so that nobody can use up what this process may open or hold."""
+    """Serves a store from a thread, within a `with` block, through a reader of its own, which takes no lock of the
+    writer's and goes on while it is busy or closed. Nobody can use up what this process may open or hold."""
 
     def __init__(self, store: StoreView, token: str | None = None, *, host: str = "127.0.0.1", port: int = 0) -> None:
         """Open `store` for reading and listen; `port=0` takes a free one. Without `token`, see `read_token`."""
@@ -96,40 +91,40 @@ class StoreServer:
 
 
 def store_app(view: StoreView, token: str) -> ASGIApp:
-    """Starlette calls its endpoints in worker threads, since they read from disk; the view stands several."""
-    app = Starlette(exception_handlers={UnknownVersion: partial(_said, 404), StoreError: partial(_said, 500)})
-    app.add_exception_handler(HTTPException, _refused)
-    app.add_route("/versions/{number}", partial(_manifest, view))
-    app.add_route("/versions/{number}/{file}", partial(_file, view))
-    app.router.redirect_slashes = False
-    expected = token.encode("latin-1")
-
-    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-        """Lets nothing through without the token, not even the question of what there is."""
-        scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-        if hmac.compare_digest(given.encode("latin-1"), expected) and scheme.lower() == "bearer":
-            await app(scope, receive, send)
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        """Nothing is told without the token, not even what there is. What reads from disk does in a worker thread."""
+        request = Request(scope)
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if hmac.compare_digest(given.encode("latin-1"), token.encode("latin-1")) and scheme.lower() == "bearer":
+            response = await run_in_threadpool(_answer, view, request)
         else:
             sentence = "this store needs its bearer token; give both sides the same one in LORA_GRPO_STORE_TOKEN_FILE"
-            refusal = JSONResponse({"error": sentence}, 401, {"WWW-Authenticate": "Bearer"})
-            await refusal(scope, receive, send)
+            response = _refusal(401, sentence, {"WWW-Authenticate": "Bearer"})
+        await response(scope, receive, send)
 
-    return guarded
-
-
-def _manifest(view: StoreView, request: Request) -> Response:
-    return JSONResponse({"run": view.run, **view.manifest(_number(request)).fields()})
+    return app
 
 
-def _file(view: StoreView, request: Request) -> Response:
-    name = request.path_params["file"]
-    if name not in PEFT_FILES:
-        raise HTTPException(404, f"a version has the files {' and '.join(PEFT_FILES)}; there is no {name!r}")
-    number = _number(request)
-    with reported(f"reading version {number}"), ExitStack() as held:
-        path = held.enter_context(view.reading(number)) / name
-        stream = held.enter_context(open(path, "rb", buffering=0))
-        return _FileResponse(stream, held.pop_all())
+def _answer(view: StoreView, request: Request) -> Response:
+    if request.method not in ("GET", "HEAD"):
+        return _refusal(405, "this store is read-only: it answers GET", {"Allow": "GET, HEAD"})
+    asked = _PATH.fullmatch(request.scope["path"])
+    if asked is None:
+        there = f"/versions/NUMBER, from 1 on, and of each /versions/NUMBER/{' and '.join(PEFT_FILES)}"
+        return _refusal(404, f"there is no {request.url.path}; there are {there}")
+    number, name = int(asked[1]), asked[2]
+    try:
+        if name is None:
+            return JSONResponse({"run": view.run, **view.manifest(number).fields()})
+        with reported(f"reading version {number}"), ExitStack() as held:
+            folder = held.enter_context(view.reading(number))
+            return _FileResponse(held.enter_context(open(folder / name, "rb", buffering=0)), held.pop_all())
+    except (UnknownVersion, StoreError) as error:
+        return _refusal(404 if isinstance(error, UnknownVersion) else 500, str(error))
+
+
+def _refusal(status: int, sentence: str, headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse({"error": sentence}, status, headers)
 
 
 class _FileResponse(StreamingResponse):
@@ -149,28 +144,10 @@ class _FileResponse(StreamingResponse):
             await super().__call__(scope, receive, sending)
 
 
-def _number(request: Request) -> int:
-    text = request.path_params["number"]
-    if not _NUMBER.fullmatch(text):
-        raise HTTPException(404, f"{text!r} is not a version number; versions are numbered 1, 2, 3 and so on")
-    return int(text)
-
-
-async def _refused(request: Request, error: Any) -> Response:
-    if error.status_code == 405:
-        error.detail = "this store is read-only: it answers GET"
-    elif "number" not in request.path_params:
-        error.detail = f"there is no {request.url.path}; there are /versions/NUMBER and /versions/NUMBER/FILE"
-    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-
-
-async def _said(status: int, _: Request, error: Exception) -> Response:
-    return JSONResponse({"error": str(error)}, status)
-
-
 def most_connections() -> int:
+    """At most an eighth of the descriptors that the process may open: each takes three of them."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MOST if soft == resource.RLIM_INFINITY else max(4, min(MOST, soft // 8))
+    return 64 if soft == resource.RLIM_INFINITY else max(4, min(64, soft // 8))
 
 
 class BoundedProtocol(H11Protocol):
@@ -184,8 +161,7 @@ class BoundedProtocol(H11Protocol):
         super().connection_made(transport)
         self._limit = self.loop.call_later(REQUEST_S, self.drop)
         if len(self.connections) > most_connections():
-            there: list[Any] = [one for one in self.connections if one is not self]
-            waiting = [one for one in there if not one._limit.cancelled()]
+            waiting = [one for one in set[Any](self.connections) - {self} if not one._limit.cancelled()]
             min(waiting, key=lambda one: one._limit.when(), default=self).drop()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -203,7 +179,5 @@ class BoundedProtocol(H11Protocol):
         super().on_response_complete()
 
     def drop(self) -> None:
-        """Close it at once, whatever is under way."""
-        self._limit.cancel()
         self.connections.discard(self)
         self.transport.abort()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lora_grpo.engines.delivery.canary import RESOLUTION, CanaryReport
+from lora_grpo.engines.delivery.agreement import RESOLUTION, CanaryReport
 from lora_grpo.errors import TrainingError, UnknownVersion
 from lora_grpo.grpo.batch import Batch, reward_metrics
 from lora_grpo.grpo.losses import filled, known_gaps

@@ -39,7 +39,7 @@ class ServingForm:
         """`dtype` is the engine's LoRA dtype."""
         if dtype not in _DTYPE_NAMES:
             raise UnsupportedAdapter(f"dtype {dtype} has no serving form; use one of {sorted(map(str, _DTYPE_NAMES))}")
-        self.dtype = dtype
+        self.model, self.dtype = model, dtype
         # Looked up once: walking a 0.5B model's modules takes longer than proving its slots.
         self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self.modules = lora_modules(model, adapter)

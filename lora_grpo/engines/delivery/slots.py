@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,53 +47,46 @@ class Part:
         return flat.view(self.rows, self.columns)
 
 
-Members: TypeAlias = dict[str, list[tuple[Part, Part] | None]]
-"""A runtime module's A and B by slice, None where a file has none."""
-
-
 @dataclass(frozen=True)
 class Binding:
     """A file layout bound to an engine's modules: its parts in payload order, further slices that repeat one of them,
-    and the buffers it leaves at zero."""
+    the buffers it leaves at zero, and each module's A and B by slice, None where the file has none."""
 
     parts: list[Part]
     repeated: list[tuple[Part, Part]]
     untouched: list[tuple[str, Tensor]]
-    modules: Members
+    modules: dict[str, list[tuple[Part, Part] | None]]
     _slots: "dict[int, SlotView]" = field(default_factory=dict)
 
     def slot(self, slot: int) -> "SlotView":
         """The buffers of one slot. vLLM never rebinds them, so the views are made once."""
         if slot not in self._slots:
-            zeros = [(name, stacked[slot]) for name, stacked in self.untouched]
-            for part in (*self.parts, *(again for _, again in self.repeated)):
-                whole = part.stacked[slot, 0]
-                beside = whole[part.rows :], whole[: part.rows, part.columns :]
-                zeros += [(part.name, padding) for padding in beside if padding.numel()]
-            repeats = [(again.name, part.view(slot), again.view(slot)) for part, again in self.repeated]
-            self._slots[slot] = SlotView([part.view(slot) for part in self.parts], zeros, repeats)
+            self._slots[slot] = SlotView(self, slot)
         return self._slots[slot]
 
-    def cut(self, held: Held) -> list[Tensor]:
-        """A file's tensors, each whole and in its order, as the parts are."""
+    def tensors(self, file: AdapterFile, held: Held | None) -> list[Tensor]:
+        """As the parts are: views of a file's mapping, or of its tensors that are `held`, whole and in its order."""
+        if held is None:
+            return [part.read(file) for part in self.parts]
         if len(held) == len(self.parts):
             return held
         whole = dict(zip(dict.fromkeys(part.name for part in self.parts), held, strict=True))
         return [whole[part.name][part.first : part.first + part.rows] for part in self.parts]
 
-    def tensors(self, file: AdapterFile) -> list[Tensor]:
-        return [part.read(file) for part in self.parts]
-
 
 class SlotView:
     """One slot's tensors in payload order, what must be zero beside them, and what must repeat one of them."""
 
-    def __init__(
-        self, tensors: list[Tensor], zeros: list[tuple[str, Tensor]], repeats: list[tuple[str, Tensor, Tensor]]
-    ) -> None:
-        self.tensors, self.zeros, self._repeats = tensors, zeros, repeats
-        self._buffers = list(self._in_order()) if all(view.device.type == "cpu" for view in tensors) else []
-        self._copies = Copies(tensors)
+    def __init__(self, binding: Binding, slot: int) -> None:
+        self.tensors = [part.view(slot) for part in binding.parts]
+        self._repeats = [(again.name, part.view(slot), again.view(slot)) for part, again in binding.repeated]
+        self.zeros = [(name, stacked[slot]) for name, stacked in binding.untouched]
+        for part in (*binding.parts, *(again for _, again in binding.repeated)):
+            whole = part.stacked[slot, 0]
+            beside = whole[part.rows :], whole[: part.rows, part.columns :]
+            self.zeros += [(part.name, padding) for padding in beside if padding.numel()]
+        self._buffers = list(self._in_order()) if all(view.device.type == "cpu" for view in self.tensors) else []
+        self._copies = Copies(self.tensors)
 
     @cached_property
     def _gathered(self) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -131,8 +124,8 @@ class SlotView:
             yield _raw_bytes(host.copy_(flat))
 
     def _in_order(self) -> Iterator[tuple[Tensor, Tensor | None, Any]]:
-        """Each tensor, a copy to take of it where its bytes do not lie in a row, and the buffer to hash. The copies
-        share one room that stays in the processor's cache."""
+        """Each tensor, a copy to take of it where its bytes do not lie in a row, and the buffer to hash."""
+        # The copies share one room that stays in the processor's cache.
         strided = [view for view in self.tensors if not view.is_contiguous()]
         room = self.tensors[0].new_empty(max((view.numel() for view in strided), default=0))
         for view in self.tensors:
@@ -142,14 +135,10 @@ class SlotView:
     def stray(self) -> str | None:
         """The name of the first buffer that holds other values than its file's tensor, or that should be zero."""
         odd = [(name, tensor.any()) for name, tensor in self.zeros]
-        odd += [(name, (_bits(again) != _bits(first)).any()) for name, first, again in self._repeats]
+        odd += [(name, (again.view(torch.uint8) != own.view(torch.uint8)).any()) for name, own, again in self._repeats]
         if odd and torch.stack([found for _, found in odd]).any():
             return next(name for name, found in odd if found)
         return None
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.int32 if tensor.itemsize == 4 else torch.int16)
 
 
 def _raw_bytes(tensor: Tensor) -> Any:
@@ -197,7 +186,7 @@ class SlotProver:
 
     def _bind(self, version: AdapterVersion, file: AdapterFile) -> Binding:
         found: dict[str, list[Part]] = {name: [] for name in file.entries}
-        modules: Members = {}
+        modules: dict[str, list[tuple[Part, Part] | None]] = {}
         for path in file.paths:
             runtime, slices = self._locate(version, path)
             layer = self._modules[runtime]
@@ -219,7 +208,13 @@ class SlotProver:
             cut = len(filled) if name.endswith(".lora_B.weight") else 1
             parts += filled[:cut]
             repeated += [(filled[0], again) for again in filled[cut:]]
-        return Binding(parts, repeated, list(self._untouched(modules)), modules)
+        untouched = []
+        for runtime, layer in self._modules.items():
+            members = modules.get(runtime, [None] * len(layer.lora_a_stacked))
+            stacks = zip(members, layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
+            for index, (member, *buffers) in enumerate(stacks):
+                untouched += [(f"{runtime}[{index}]", stacked) for stacked in buffers if member is None]
+        return Binding(parts, repeated, untouched, modules)
 
     def _locate(self, version: AdapterVersion, path: str) -> tuple[str, Sequence[int]]:
         """The layer's name, and the indices of the slices of it that `path` fills."""
@@ -232,14 +227,6 @@ class SlotProver:
         said = f"{version}: the engine has no LoRA module for {path}; vLLM would serve the base there without an error"
         fix = "check prefix, layer index, architecture and lora_target_modules"
         raise DeliveryError(f"{said}. The nearest name is {nearest}: {fix}")
-
-    def _untouched(self, taken: Members) -> Iterator[tuple[str, Tensor]]:
-        for runtime, layer in self._modules.items():
-            members = taken.get(runtime, [None] * len(layer.lora_a_stacked))
-            stacks = zip(members, layer.lora_a_stacked, layer.lora_b_stacked, strict=True)
-            for index, (member, *buffers) in enumerate(stacks):
-                if member is None:
-                    yield from ((f"{runtime}[{index}]", stacked) for stacked in buffers)
 
 
 def _check_extents(said: str, layer: Any, slices: Sequence[int], rank: int, inputs: int, outputs: int) -> None:

@@ -137,7 +137,7 @@ class Residents(LoadedVersions[Loaded]):
             compat.touch_adapter(llm, lora_id)
         elif self._loader == "direct":
             rank = max(part.rows for members in binding.modules.values() for part, _ in filter(None, members))
-            tensors = binding.tensors(file) if held is None else binding.cut(held)
+            tensors = binding.tensors(file, held)
             layers = LayersOnDemand(binding, file)
             compat.place_adapter(llm, lora_id, rank, layers, lambda slot: binding.slot(slot).write(file, tensors))
         elif not llm.llm_engine.add_lora(loaded.request):

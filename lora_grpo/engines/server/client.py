@@ -5,13 +5,15 @@ import json
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import openai
 
-from lora_grpo.engines.requests import sampling_fields
+from lora_grpo.engines.requests import Asked, sampling_fields
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError
 from lora_grpo.types import Completion, Sampling
+
+Result = TypeVar("Result")
 
 COMPLETIONS = "/v1/completions"
 
@@ -38,8 +40,7 @@ class Client:
 
     def __init__(self, url: str, api_key: str | None, timeout_s: float) -> None:
         """`timeout_s` bounds a completion, retries and time in line included; openai's own would resend it there."""
-        self.url = url
-        self._timeout_s = timeout_s
+        self.url, self._timeout_s = url, timeout_s
         key = api_key or "none"
         self._asking = openai.AsyncOpenAI(base_url=self.url, api_key=key, timeout=None, max_retries=2)
         self._changing = self._asking.with_options(max_retries=0)
@@ -58,14 +59,53 @@ class Client:
         with self.reading(path, text):
             return {**json.loads(text)}
 
-    async def score(self, model: str, ids: Sequence[int]) -> list[float]:
-        body = scoring_body(ids) | {"model": model}
-        return to_logprobs(await self.ask(COMPLETIONS, body), body)
+    async def complete(self, model: str, asked: Asked, seed: int, placeholders: Sequence[int]) -> Completion:
+        """Raises `EngineError` for one that was cut or lacks log-probs, and as `_choice`."""
+        choice = await self._choice(model, asked.ids, sampling_fields(asked.sampling, seed, placeholders))
+        token_ids, reason, most = tuple(choice["token_ids"] or ()), choice["finish_reason"], asked.sampling.max_tokens
+        if reason not in ("stop", "length"):
+            raise EngineError(f"a completion by {model} ended as {reason!r}, not by stopping")
+        if reason == "length" and len(token_ids) < most:
+            fix = "start it without --override-generation-config and --generation-config"
+            raise EngineError(f"the server cut a completion at {len(token_ids)} of max_tokens={most}; {fix}")
+        logprobs = tuple((choice["logprobs"] or {}).get("token_logprobs") or ())
+        if len(logprobs) != len(token_ids) or not _all_finite(logprobs):
+            raise EngineError(f"a completion by {model} has {len(token_ids)} tokens with log-probs {logprobs}")
+        version = None if asked.adapter is None else asked.adapter.number
+        return Completion(choice["text"], token_ids, logprobs, reason, version)
 
-    async def change(self, path: str, body: dict[str, Any], *, timeout_s: float | None = None) -> None:
+    async def score(self, model: str, ids: Sequence[int]) -> list[float]:
+        """Log-probs of tokens 1..T-1 of a prompt, after which a server generates one token at least."""
+        fields = sampling_fields(Sampling(max_tokens=1, temperature=0.0), 0) | {"prompt_logprobs": 0}
+        entries = (await self._choice(model, ids, fields))["prompt_logprobs"] or []
+        try:
+            logprobs = [entry[str(token)]["logprob"] for entry, token in zip(entries[1:], ids[1:], strict=True)]
+        except (ValueError, KeyError, TypeError):
+            logprobs = [None]
+        if not _all_finite(logprobs):
+            raise EngineError(f"{model} did not score every token of a prompt of {len(ids)}")
+        return logprobs
+
+    async def _choice(self, model: str, ids: Sequence[int], fields: dict[str, Any]) -> Any:
+        """What a model makes of a prompt; `DeliveryError` for another model's answer, or to another prompt. Every
+        setting is said, since a server has its model's own defaults."""
+        body = fields | {"model": model, "prompt": list(ids), "return_token_ids": True, "repetition_penalty": 1.0}
+        answer = await self.ask(COMPLETIONS, body | {"presence_penalty": 0.0, "frequency_penalty": 0.0})
+        if answer.get("model") != model:
+            why = "is a proxy in between, or VLLM_SKIP_MODEL_NAME_VALIDATION set on the server?"
+            raise DeliveryError(f"{model} was asked and {answer.get('model')!r} answered; {why}")
+        choice = (answer.get("choices") or [{}])[0]
+        needed = {"text", "token_ids", "logprobs", "finish_reason", "prompt_token_ids", "prompt_logprobs"}
+        if missing := needed - set(choice):
+            raise EngineError(f"an answer by {model} lacks {', '.join(sorted(missing))}; is it a vLLM server?")
+        if choice["prompt_token_ids"] != body["prompt"]:
+            raise DeliveryError(f"{model} completed another prompt than the one it was sent")
+        return choice
+
+    async def change(self, path: str, body: dict[str, Any], *, quick: bool = False) -> None:
         """POST what changes the server, once; one that fails at that has refused it."""
         answer = self._answer(self._changing.post, path, fails_from=600, body=body)
-        await self._owed(path, answer, timeout_s or self._timeout_s)
+        await self._owed(path, answer, QUICK_TIMEOUT_S if quick else self._timeout_s)
 
     @contextmanager
     def reading(self, path: str, answer: object) -> Iterator[None]:
@@ -73,8 +113,8 @@ class Client:
         try:
             yield
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            said = f"{self.url}{path} answered {str(answer)[:200]!r} ({error!r})"
-            raise EngineError(f"{said}; is it a vLLM server?") from None
+            said = f"answered {str(answer)[:200]!r} ({error!r}); is it a vLLM server?"
+            raise EngineError(f"{self.url}{path} {said}") from None
 
     async def close(self) -> None:
         await self._asking.close()
@@ -107,12 +147,10 @@ class Client:
             except EngineError as error:
                 return error
 
-    async def _answer(
-        self, ask: Callable[..., Awaitable[str]], path: str, fails_from: int = 500, **options: Any
-    ) -> str:
+    async def _answer(self, ask: Callable[..., Awaitable[str]], path: str, fails_from: int = 500, **more: Any) -> str:
         """A server that answers with a status of `fails_from` or above counts as one that cannot answer."""
         try:
-            return str(await ask(path, cast_to=str, **options))
+            return str(await ask(path, cast_to=str, **more))
         except openai.APIStatusError as error:
             status, content = error.status_code, error.body
             said = (isinstance(content, dict) and content.get("message")) or error.response.text.strip()[:500]
@@ -125,55 +163,14 @@ class Client:
             raise Unreachable(f"{self.url} does not answer {path}: {type(cause).__name__}: {cause}") from None
 
 
-def completion_body(ids: Sequence[int], sampling: Sampling, seed: int, placeholders: Sequence[int]) -> dict[str, Any]:
-    """One sample, of a `model` yet to be named. Every setting is said, since a server has its model's own defaults."""
-    body = sampling_fields(sampling, seed, placeholders) | {"prompt": list(ids), "return_token_ids": True}
-    return body | {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-
-
-def scoring_body(ids: Sequence[int]) -> dict[str, Any]:
-    """One sequence to be scored as a prompt; a server generates one token after it at least."""
-    return completion_body(ids, Sampling(max_tokens=1, temperature=0.0), 0, ()) | {"prompt_logprobs": 0}
-
-
-def to_completion(answer: dict[str, Any], body: dict[str, Any], version: int | None) -> Completion:
-    """Raises `DeliveryError` for another model's or prompt's, `EngineError` for one that was cut or lacks log-probs."""
-    choice, model, most = _choice(answer, body), body["model"], body["max_tokens"]
-    token_ids, reason = tuple(choice["token_ids"] or ()), choice["finish_reason"]
-    if reason not in ("stop", "length"):
-        raise EngineError(f"a completion by {model} ended as {reason!r}, not by stopping")
-    if reason == "length" and len(token_ids) < most:
-        fix = "start it without --override-generation-config and --generation-config"
-        raise EngineError(f"the server cut a completion at {len(token_ids)} of max_tokens={most}; {fix}")
-    logprobs = tuple((choice["logprobs"] or {}).get("token_logprobs") or ())
-    if len(logprobs) != len(token_ids) or not _all_finite(logprobs):
-        raise EngineError(f"a completion by {model} has {len(token_ids)} tokens with log-probs {logprobs}")
-    return Completion(choice["text"], token_ids, logprobs, reason, version)
-
-
-def to_logprobs(answer: dict[str, Any], body: dict[str, Any]) -> list[float]:
-    """Log-probs of tokens 1..T-1 of a scored sequence. Raises as `to_completion`."""
-    entries, ids = _choice(answer, body)["prompt_logprobs"] or [], body["prompt"]
+async def together(coroutines: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """All results; the first failure ends the others. (A TaskGroup whose task just failed forgets its own cancel.)"""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
-        logprobs = [entry[str(token)]["logprob"] for entry, token in zip(entries[1:], ids[1:], strict=True)]
-    except (ValueError, KeyError, TypeError):
-        logprobs = [None]
-    if not _all_finite(logprobs):
-        raise EngineError(f"{body['model']} did not score every token of a prompt of {len(ids)}")
-    return logprobs
-
-
-def _choice(answer: dict[str, Any], body: dict[str, Any]) -> Any:
-    if answer.get("model") != body["model"]:
-        why = "is a proxy in between, or VLLM_SKIP_MODEL_NAME_VALIDATION set on the server?"
-        raise DeliveryError(f"{body['model']} was asked and {answer.get('model')!r} answered; {why}")
-    choice = (answer.get("choices") or [{}])[0]
-    needed = {"text", "token_ids", "logprobs", "finish_reason", "prompt_token_ids", "prompt_logprobs"}
-    if missing := needed - set(choice):
-        raise EngineError(f"an answer by {body['model']} lacks {', '.join(sorted(missing))}; is it a vLLM server?")
-    if choice["prompt_token_ids"] != body["prompt"]:
-        raise DeliveryError(f"{body['model']} completed another prompt than the one it was sent")
-    return choice
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _all_finite(logprobs: Sequence[Any]) -> bool:

@@ -12,35 +12,31 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from transformers import AutoTokenizer
 
+from lora_grpo.adapters.files.places import Identity
 from lora_grpo.adapters.peft_form.files import open_adapter
 from lora_grpo.adapters.peft_form.serving import Held
-from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.adapters.version import AdapterVersion, run_name, served_name
 from lora_grpo.config import server_addresses
 from lora_grpo.engines import compat
-from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof, Samplings
-from lora_grpo.engines.delivery.base_match import describe
-from lora_grpo.engines.delivery.canary import Witness
+from lora_grpo.engines.base import Adapters, BaseDescription, LoadReceipt, Proof, Samplings, Witness
+from lora_grpo.engines.delivery.agreement import describe
 from lora_grpo.engines.delivery.probe import probe_sequences
 from lora_grpo.engines.delivery.slots import require_published
 from lora_grpo.engines.local.targets import checkpoint_config
 from lora_grpo.engines.names import BaseReading
 from lora_grpo.engines.requests import asked, check_asked, check_fits, to_groups
-from lora_grpo.engines.server.client import Client, completion_body, scoring_body, to_completion, to_logprobs
-from lora_grpo.engines.server.fleet import Fleet, connected, resolver_name
-from lora_grpo.engines.server.replica import Facts, Names, Replica, Served, slots_of, write_rank_probe
-from lora_grpo.engines.server.rotation import Ask
+from lora_grpo.engines.server.client import Client, Result
+from lora_grpo.engines.server.fleet import Fleet, connected
+from lora_grpo.engines.server.replica import Facts, Names, Replica, Served, slots_of
 from lora_grpo.errors import ConfigError
-from lora_grpo.types import Completion, Group, LogProbs, Prompt, Sequences
+from lora_grpo.types import Group, LogProbs, Prompt, Sequences
 from lora_grpo.worker import working
 
 _SCORED_TOGETHER = 16
-"""Sequences, by one server."""
-
-_Result = TypeVar("_Result")
 
 
 class VLLMServerEngine:
@@ -88,25 +84,27 @@ class VLLMServerEngine:
         `lora_dtype` is what the servers keep adapters in, where it is not the checkpoint's dtype.
         Raises `ConfigError` naming the flag that a server lacks, `UnsupportedVersion`, or `EngineError`.
         """
-        addresses = _addresses(urls)
+        if isinstance(urls, str) or not (isinstance(urls, Sequence) and urls and all(isinstance(u, str) for u in urls)):
+            raise ConfigError(f'urls={urls!r} must be a list of texts; give ["http://..."], one for each server')
+        addresses = server_addresses(urls)
         if max_loras < 2 or concurrency < 1:
-            needed = "at least 2 (the promoted version and its successor)"
-            raise ConfigError(f"max_loras={max_loras} must be {needed}, and concurrency={concurrency} at least 1")
+            fix = "at least 2 (HEAD and its successor)"
+            raise ConfigError(f"max_loras={max_loras} must be {fix}, concurrency={concurrency} at least 1")
         _check_choice("adapters", adapters, "path", "resolver")
         _check_choice("on_failure", on_failure, "raise", "drop")
         self.pulls = adapters == "resolver"
-        key = api_key or os.environ.get("VLLM_API_KEY")
         with ExitStack() as opened:
             self._names = Names()
             opened.callback(self._names.close)
+            if not self.pulls:
+                self._names.write_rank_probe()
             self._loop = _Loop()
             opened.callback(self._loop.close)
-            rank_folder = None if self.pulls else write_rank_probe(self._names.folder / "rank")
-            clients = [Client(address, key, timeout_s) for address in addresses]
-            replicas = self._loop.run(connected(clients, self._names, rank_folder))
+            clients = [Client(address, api_key or os.environ.get("VLLM_API_KEY"), timeout_s) for address in addresses]
+            replicas = self._loop.run(connected(clients, self._names))
             self._describe([replica.facts for replica in replicas], model, lora_dtype, trust_remote_code)
             checked, drops = probe_sequences(self._base), on_failure == "drop"
-            self._fleet = Fleet(replicas, concurrency, patience_s, self._names, rank_folder, max_loras, drops, checked)
+            self._fleet = Fleet(replicas, concurrency, patience_s, self._names, max_loras, drops, checked)
             opened.callback(lambda: self._loop.run(self._fleet.close()))
             self._opened = opened.pop_all()
 
@@ -150,7 +148,15 @@ class VLLMServerEngine:
         return LoadReceipt("behaviour", seconds, len(file.paths), 0, "stock", verdict)
 
     def _served(self, version: AdapterVersion, answers: LogProbs) -> Served:
-        return Served(version, answers, resolver_name(version) if self.pulls else None)
+        """Pulled by RUN@NUMBER, by which a resolver finds it. Raises `ConfigError` for one of no store."""
+        if not self.pulls:
+            return Served(version, answers, None)
+        root = version.path.parent.parent
+        if (identity := Identity.read(root)) is None:
+            said = f"{version} at {version.path} is in no store, so no resolver can pull it"
+            raise ConfigError(f"{said}; publish it first")
+        run = run_name(Path(identity.other or root), identity.run_id)
+        return Served(version, answers, served_name(run, version.number))
 
     def unload(self, version: AdapterVersion) -> None:
         self._loop.run(self._fleet.unload(self._fleet.in_use.find(version)))
@@ -163,19 +169,9 @@ class VLLMServerEngine:
         `patience_s`."""
         each = asked(self.tokenizer, prompts, sampling, adapter)
         check_asked(each, self.max_model_len, self._base)
-
-        async def complete() -> list[Completion]:
-            with self._fleet.using([one.adapter for one in each]) as served_P:
-                asks_PG = []
-                for one, served in zip(each, served_P, strict=True):
-                    read = partial(to_completion, version=None if one.adapter is None else one.adapter.number)
-                    bodies = [
-                        completion_body(one.ids, one.sampling, seed, self._base.placeholders) for seed in one.seeds
-                    ]
-                    asks_PG.append([Ask(served, body, read) for body in bodies])
-                return await self._fleet.run(asks_PG)
-
-        return to_groups(each, self._loop.run(complete()))
+        complete = partial(Client.complete, placeholders=self._base.placeholders)
+        asks_P = [(one.adapter, [partial(complete, asked=one, seed=seed) for seed in one.seeds]) for one in each]
+        return to_groups(each, self._loop.run(self._fleet.answer(asks_P)))
 
     def logprobs(self, sequences: Sequences, *, adapter: AdapterVersion | None) -> LogProbs:
         return self._score(sequences, adapter, None)
@@ -185,14 +181,8 @@ class VLLMServerEngine:
 
     def _score(self, sequences: Sequences, adapter: AdapterVersion | None, only: Replica | None) -> LogProbs:
         check_fits(sequences, [1] * len(sequences), self.max_model_len, self._base.vocabulary)
-
-        async def score() -> LogProbs:
-            with self._fleet.using([adapter]) as [served]:
-                asks = [Ask(served, scoring_body(ids), to_logprobs) for ids in sequences]
-                groups = [asks[i : i + _SCORED_TOGETHER] for i in range(0, len(asks), _SCORED_TOGETHER)]
-                return await self._fleet.run(groups, only=only)
-
-        return self._loop.run(score())
+        asks = adapter, [partial(Client.score, ids=ids) for ids in sequences]
+        return self._loop.run(self._fleet.answer([asks], size=_SCORED_TOGETHER, only=only))
 
     def keep_probe(self, version: AdapterVersion, witness: Witness, noise: float) -> None:
         if not self.pulls:
@@ -231,7 +221,7 @@ class _Loop:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
             runner.run(self._ended.wait())
 
-    def run(self, coroutine: Coroutine[Any, Any, _Result]) -> _Result:
+    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
         """The coroutine's result. Ctrl-C in the caller cancels it, and so does the end of the job of a worker here."""
         worker, future = working.get(), asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
@@ -246,14 +236,6 @@ class _Loop:
         """Cancel what still runs, and end the thread."""
         self._loop.call_soon_threadsafe(self._ended.set)
         self._thread.join()
-
-
-def _addresses(urls: Sequence[str]) -> list[str]:
-    if isinstance(urls, str) or not isinstance(urls, Sequence) or not all(isinstance(url, str) for url in urls):
-        raise ConfigError(f'urls={urls!r} must be a list of texts; give ["http://..."], one for each server')
-    if not (addresses := server_addresses(urls)):
-        raise ConfigError("urls=[] names no server; give one at least")
-    return list(addresses)
 
 
 def _check_choice(name: str, given: str, *known: str) -> None:

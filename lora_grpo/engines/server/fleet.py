@@ -1,46 +1,41 @@
 """Versions on all replicas or on none."""
 
 import asyncio
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
+from typing import Any
 
-from lora_grpo.adapters.files.places import Identity
-from lora_grpo.adapters.version import AdapterVersion, run_name, served_name
-from lora_grpo.engines.base import LoadedVersions
-from lora_grpo.engines.delivery.canary import MAX_BASE_NOISE_NATS, CanaryReport, Witness, base_noise, compare
+from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.engines.base import LoadedVersions, Witness
+from lora_grpo.engines.delivery.agreement import MAX_BASE_NOISE_NATS, CanaryReport, base_noise, compare, probe_error
 from lora_grpo.engines.names import BaseReading
-from lora_grpo.engines.server.client import Client, Unreachable, scoring_body, to_logprobs
+from lora_grpo.engines.server.client import Client, Result, Unreachable, together
 from lora_grpo.engines.server.replica import Names, Replica, Served, connect, models
-from lora_grpo.engines.server.rotation import FIRST_PAUSE_S, Ask, Rotation, together
+from lora_grpo.engines.server.rotation import FIRST_PAUSE_S, Asks, Rotation
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, LoraGrpoError
 from lora_grpo.types import LogProbs
 
 
-async def connected(clients: Sequence[Client], names: Names, rank_folder: Path | None) -> list[Replica]:
+async def connected(clients: Sequence[Client], names: Names) -> list[Replica]:
     """Check every server, and have them forget what dead runs left there."""
-    facts = await asyncio.gather(*(connect(client, rank_folder) for client in clients))
+    facts = await asyncio.gather(*(connect(client, names.rank_folder) for client in clients))
     replicas = [Replica(*pair) for pair in zip(clients, facts, strict=True)]
-    for replica in replicas:
-        if replica.facts.model != facts[0].model:
-            said = f"{replica.url} serves {replica.facts.model}, {clients[0].url} {facts[0].model}"
-            raise ConfigError(f"{said}; start all replicas alike")
+    if other := next((one for one in replicas if one.facts.model != facts[0].model), None):
+        said = f"{other.url} serves {other.facts.model}, {clients[0].url} {facts[0].model}"
+        raise ConfigError(f"{said}; start all replicas alike")
     for replica in replicas:
         for name in filter(names.is_leftover, await models(replica.client)):
             await replica.unload(name)
-    names.sweep()
     return replicas
 
 
 @dataclass(eq=False)
 class Fleet(Rotation):
-    """`rank_folder` is as in `connect`; where it `drops`, a replica that fails a load leaves the rotation, and others
-    serve the version. One in use is known by its answers to `sequences`, and may be mistaken for any other in use.
-    `probe` is what replicas were proven with: files that stay, what a trainer computes with them, noise in nats."""
+    """Where it `drops`, a replica that fails a load leaves the rotation, and others serve the version. What is in use
+    is told apart by its answers to `sequences`. `probe` is what replicas were proven with; its noise is in nats."""
 
     names: Names
-    rank_folder: Path | None
     max_loras: int
     drops: bool
     sequences: list[list[int]]
@@ -48,32 +43,29 @@ class Fleet(Rotation):
     in_use: LoadedVersions[Served] = field(default_factory=LoadedVersions, init=False)
     _changing: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
 
-    @contextmanager
-    def using(self, versions: Sequence[AdapterVersion | None]) -> Iterator[list[Served | None]]:
-        """The versions as they are served (None: the base), kept in use meanwhile and made the most recently used."""
-        wanted = [None if version is None else self.in_use.find(version) for version in versions]
-        distinct = list(dict.fromkeys(served for served in wanted if served is not None))
+    async def answer(self, asks: Asks[AdapterVersion | None, Result], **how: Any) -> list[Result]:
+        """`run` with versions (None: the base), which are kept in use meanwhile and made the most recently used."""
+        groups = [(None if version is None else self.in_use.find(version), own) for version, own in asks]
+        distinct = dict.fromkeys(served for served, _ in groups if served is not None)
         for served in distinct:
             self.in_use.add(served)
             served.users += 1
         try:
-            yield wanted
+            return await self.run(groups, **how)
         finally:
             for served in distinct:
                 served.users -= 1
 
     async def load(self, served: Served) -> CanaryReport | None:
-        """Put a version into use on every replica, proven, or on none; one in use is proven again, and no longer is
-        where a replica that may not be dropped answers otherwise. There is no verdict where nobody has said what it
-        must answer, and replicas are compared with one another only. Raises `DeliveryError` or `EngineError` naming
-        each replica that failed, `ConfigError` where nothing is expected although a probe is kept."""
+        """Put a version into use on every replica, proven, or on none; one in use is proven again, and goes where a
+        replica that may not be dropped answers otherwise. No verdict where nobody said what it must answer. Raises
+        `DeliveryError` or `EngineError` naming each that failed, `ConfigError` for nothing expected despite a probe."""
         async with self._changing:
             known = self.in_use.known(served.version)
             # The step of a probe is below 0, and `run_probe` itself compares what it answers.
             if known is None and not served.answers and self.probe is not None and served.version.step >= 0:
-                why = "replicas that agree with one another may all be wrong alike"
                 how = "load it by NativeSync, or pass expected= (the trainer's log-probs of the probe's sequences)"
-                raise ConfigError(f"{served.version} cannot be proven, since {why}; {how}")
+                raise ConfigError(f"{served.version} cannot be proven: replicas that agree may be wrong alike; {how}")
             served = known or served
             try:
                 verdict = await self._prove(served)
@@ -85,7 +77,11 @@ class Fleet(Rotation):
             for replica in self.replicas:
                 if served not in replica.names:
                     self.lost(replica, EngineError(f"{replica.url} has yet to load {served.version}"))
-            await self._retire(served)
+            # Beyond what the slots hold, the least recently used go; never one that is being used.
+            every = self.in_use.all()
+            idle = [one for one in every if not one.users and one is not served]
+            for oldest in idle[: max(0, len(every) - self.max_loras)]:
+                await self._drop(oldest)
             return verdict
 
     async def unload(self, served: Served) -> None:
@@ -119,8 +115,8 @@ class Fleet(Rotation):
         present = self.serving
         absent = [replica.trouble for replica in self.replicas if replica.state != "serving"]
         if absent and (not self.drops or not present):
-            listed = "; ".join(absent)
-            raise EngineError(f"{len(absent)} of {len(self.replicas)} replicas cannot take a version: {listed}")
+            said = f"{len(absent)} of {len(self.replicas)} replicas cannot take a version"
+            raise EngineError(f"{said}: {'; '.join(absent)}")
         return present
 
     async def _or_lost(self, replica: Replica, doing: Awaitable[None]) -> None:
@@ -172,7 +168,6 @@ class Fleet(Rotation):
             await self.returned(replica)
 
     def _compare(self, replica: Replica, served: Served, answers: LogProbs) -> CanaryReport:
-        """Raises `DeliveryError` naming the replica when it answers otherwise than expected."""
         others, noise = [known.answers for known in self.in_use.all() if known is not served], MAX_BASE_NOISE_NATS
         if self.probe is not None:
             _, witness, noise = self.probe
@@ -183,16 +178,13 @@ class Fleet(Rotation):
             raise DeliveryError(f"{replica.url} does not serve {served.version}: {error}") from None
 
     async def _scored(self, replica: Replica, served: Served | None) -> LogProbs:
-        """What one replica, which is given the version if it lacks it, answers to the probe's sequences."""
+        """Of the probe's sequences, by one replica, which is given the version if it lacks it."""
         if served is not None and served not in replica.names:
             # By a name that was never used, or the one that it is pulled by.
-            if (name := served.pulled_as) is not None:
-                await replica.pull(name)
-            else:
-                name = self.names.fresh(served.version)
-                await replica.load(served.version, name)
+            name = served.pulled_as or self.names.fresh(served.version)
+            await (replica.pull(name) if served.pulled_as else replica.load(served.version, name))
             replica.names[served] = name
-        return await self.run([[Ask(served, scoring_body(ids), to_logprobs) for ids in self.sequences]], only=replica)
+        return await self.run([(served, [partial(Client.score, ids=ids) for ids in self.sequences])], only=replica)
 
     async def _forget(self, replica: Replica, served: Served) -> None:
         """Unload a version from a replica, if it can be reached; where not, it loses its names or is asked for them."""
@@ -203,18 +195,11 @@ class Fleet(Rotation):
         self.in_use.remove(served)
         await asyncio.gather(*(self._forget(replica, served) for replica in self.replicas))
 
-    async def _retire(self, newest: Served) -> None:
-        """Unload the least recently used versions beyond those that the slots hold; never one that is being used."""
-        every = self.in_use.all()
-        idle = [served for served in every if not served.users and served is not newest]
-        for served in idle[: max(0, len(every) - self.max_loras)]:
-            await self._drop(served)
-
     # Coming back
 
     async def readmit(self, replica: Replica) -> bool:
         """Check a server, probe it and prove everything in use on it; False where more came into use meanwhile."""
-        await replica.reconnect(self.rank_folder)
+        await replica.reconnect(self.names.rank_folder)
         await replica.require_same_base()
         if self.probe is not None:
             # On the base, and with the loud adapter, it is compared with what the trainer computed.
@@ -223,7 +208,7 @@ class Fleet(Rotation):
             answers = await self._scored(replica, loud)
             # Not in a `finally`: a server that is gone would raise there, and hide that the time to wait is over.
             await replica.forget(loud)
-            witness.error(answers, noise)
+            probe_error(answers, witness, noise)
         wanted = self.in_use.all()
         for served in wanted:
             try:
@@ -235,11 +220,3 @@ class Fleet(Rotation):
         for served in replica.names.keys() - set(wanted):
             await replica.forget(served)
         return set(wanted) == set(self.in_use.all())
-
-
-def resolver_name(version: AdapterVersion) -> str:
-    """The name, RUN@NUMBER, by which a resolver finds a published version. Raises `ConfigError` for one of no store."""
-    root = version.path.parent.parent
-    if (identity := Identity.read(root)) is None:
-        raise ConfigError(f"{version} at {version.path} is in no store, so no resolver can pull it; publish it first")
-    return served_name(run_name(Path(identity.other or root), identity.run_id), version.number)

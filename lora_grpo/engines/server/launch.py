@@ -136,21 +136,17 @@ class Server:
 
     def require_alive(self) -> None:
         """Raises `EngineError` with what ended it, or its worker, and the end of the log when the process ended."""
-        if self.exit_code is not None:
-            said = f"the server at {self.url} {_end_of(self.exit_code)}{self._worker_s_end()}"
-            raise EngineError(f"{said}; {self.tail()}")
-
-    def _worker_s_end(self) -> str:
-        """Which of vLLM's workers took the server with it, since `start`; it says a signal's number and no more."""
-        died = _WORKER_DIED.search(self.log.read_bytes()[self._log_from :].decode(errors="replace"))
-        if died is None:
-            return ""
-        hint = _NO_TILES if int(died[2]) == -signal.SIGILL else ""
-        return f" after its worker {died[1]} {_end_of(int(died[2]))}{hint}"
+        if self.exit_code is None:
+            return
+        said = f"the server at {self.url} {_end_of(self.exit_code)}"
+        # vLLM says the number of the signal that ended a worker, and no more.
+        if died := _WORKER_DIED.search(self.log.read_bytes()[self._log_from :].decode(errors="replace")):
+            said += f" after its worker {died[1]} {_end_of(int(died[2]))}"
+            said += _NO_TILES if int(died[2]) == -signal.SIGILL else ""
+        raise EngineError(f"{said}; {self.tail()}")
 
     def tail(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()[-20:]
-        return "\n".join([f"the end of {self.log}:", *lines])
+        return "\n".join([f"the end of {self.log}:", *self.log.read_text(errors="replace").splitlines()[-20:]])
 
     def signal(self, number: int) -> None:
         if self._process is not None:
@@ -166,19 +162,17 @@ class Server:
 
 class Servers:
     def __init__(self, serving: Serving, log_dir: Path) -> None:
-        devices = _device_count()
+        import torch
+
+        devices = torch.cuda.device_count()
         if 0 < devices < serving.replicas:
             raise ConfigError(f"replicas={serving.replicas} need a GPU each, and there are {devices}")
         self._start_timeout_s = serving.start_timeout_s
         self.all: list[Server] = []
         for index in range(serving.replicas):
-            port, environment = serving.port + index, serving.environment(index, devices)
-            log = log_dir / f"replica-{index}.log"
-            self.all.append(Server(serving.command(port), environment, serving.url(port), log))
-
-    @property
-    def urls(self) -> list[str]:
-        return [server.url for server in self.all]
+            port, log = serving.port + index, log_dir / f"replica-{index}.log"
+            self.all.append(Server(serving.command(port), serving.environment(index, devices), serving.url(port), log))
+        self.urls = [server.url for server in self.all]
 
     @contextmanager
     def running(self) -> Iterator[Self]:
@@ -198,7 +192,7 @@ class Servers:
                 time.sleep(_POLL_S)
             yield self
         finally:
-            self.stop()
+            self._stop()
 
     def require_alive(self) -> None:
         for server in self.all:
@@ -209,8 +203,8 @@ class Servers:
             self.require_alive()
             time.sleep(_POLL_S)
 
-    def stop(self) -> None:
-        """End all: asked first, killed after a while, with everything that they started."""
+    def _stop(self) -> None:
+        """Asked first, killed after a while, with everything that they started."""
         for server in self.all:
             server.signal(signal.SIGTERM)
         deadline = time.monotonic() + _STOP_PATIENCE_S
@@ -219,9 +213,3 @@ class Servers:
         for server in self.all:
             server.signal(signal.SIGKILL)
             server.wait(_STOP_PATIENCE_S)
-
-
-def _device_count() -> int:
-    import torch
-
-    return torch.cuda.device_count()

@@ -16,21 +16,17 @@ from pydantic import TypeAdapter
 
 from lora_grpo.adapters.files.disk import read_small, tmpfs_home
 from lora_grpo.adapters.files.locks import OwnFolder, is_free
-from lora_grpo.adapters.version import AdapterVersion
+from lora_grpo.adapters.version import CONFIG_FILE, AdapterVersion
 from lora_grpo.engines import compat
 from lora_grpo.engines.names import BaseReading
 from lora_grpo.engines.resolver import BASE_ROUTE
-from lora_grpo.engines.server.client import COMPLETIONS, QUICK_TIMEOUT_S, Client, Missing, Refused, Unreachable
+from lora_grpo.engines.server.client import COMPLETIONS, Client, Missing, Refused, Unreachable, together
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError
 from lora_grpo.types import LogProbs
 
 LOAD, UNLOAD, MODELS = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/models"
 _TOO_HIGH_RANK = 1 << 20
-_STARTED = re.compile(r"^process_start_time_seconds (\S+)", re.MULTILINE)
-_SLOTS = re.compile(r'^vllm:lora_requests_info\{[^}]*max_lora="(\d+)"', re.MULTILINE)
-_READING = TypeAdapter(BaseReading)
 _FOLDER = "lora-grpo-engine-"
-_OWNED = re.compile(r"lora-grpo\.([A-Za-z0-9-]+)\.([a-z0-9_]+)\..+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +78,7 @@ async def models(client: Client) -> dict[str, dict[str, Any]]:
 async def started(client: Client) -> str | None:
     """When the server's process started; None where it has no metrics. Raises `ConfigError` where it is several."""
     metrics = await _metrics(client)
-    found = _STARTED.search(metrics)
+    found = re.search(r"^process_start_time_seconds (\S+)", metrics, re.MULTILINE)
     if metrics and found is None:
         raise ConfigError(f"{client.url} has several API servers; loads reach one: start it with --api-server-count 1")
     return found and found[1]
@@ -90,7 +86,7 @@ async def started(client: Client) -> str | None:
 
 async def slots_of(client: Client) -> int | None:
     """The server's max_loras, as it says once it has served an adapter; None where it does not."""
-    found = _SLOTS.search(await _metrics(client))
+    found = re.search(r'^vllm:lora_requests_info\{[^}]*max_lora="(\d+)"', await _metrics(client), re.MULTILINE)
     return int(found[1]) if found else None
 
 
@@ -99,14 +95,6 @@ async def _metrics(client: Client) -> str:
         return await client.look("/metrics")
     except Refused:
         return ""
-
-
-def write_rank_probe(folder: Path) -> Path:
-    """A folder with an adapter's config of an absurd rank, which no server loads; its refusal says what it would."""
-    folder.mkdir()
-    config = {"peft_type": "LORA", "r": _TOO_HIGH_RANK, "lora_alpha": _TOO_HIGH_RANK, "target_modules": []}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
 
 
 async def _max_lora_rank(client: Client, rank_folder: Path | None) -> int | None:
@@ -153,14 +141,12 @@ async def _check_logprobs(client: Client, base: str) -> None:
 
 async def _check_scoring(client: Client, base: str) -> None:
     """Score a few prompts at once, which ends a server on vLLM's CPU backend whose output layer is wrapped for LoRA."""
-    scored = (client.score(base, [1, 2, 3] * (row + 2)) for row in range(4))
-    for answer in await asyncio.gather(*scored, return_exceptions=True):
-        if isinstance(answer, Unreachable):
-            why = "as vLLM does on a CPU where the output layer is wrapped for LoRA"
-            fix = "start it with --lora-target-modules and the other linear layers (q_proj ...)"
-            raise ConfigError(f"{client.url} failed to score several prompts at once ({answer}), {why}: {fix}")
-        if isinstance(answer, BaseException):
-            raise answer
+    try:
+        await together([client.score(base, [1, 2, 3] * (row + 2)) for row in range(4)])
+    except Unreachable as error:
+        why = "as vLLM does on a CPU where the output layer is wrapped for LoRA"
+        fix = "start it with --lora-target-modules and the other linear layers (q_proj ...)"
+        raise ConfigError(f"{client.url} failed to score several prompts at once ({error}), {why}: {fix}") from None
 
 
 @dataclass(eq=False)
@@ -199,10 +185,10 @@ class Replica:
         return "lost" if self.returning.done() else "away"
 
     async def load(self, version: AdapterVersion, name: str) -> None:
-        """From its path. An answer that was lost on the way is looked for."""
         try:
             await self.client.change(LOAD, {"lora_name": name, "lora_path": str(version.path)})
         except Unreachable:
+            # The answer may be lost on the way.
             if name not in await models(self.client):
                 raise
 
@@ -217,7 +203,7 @@ class Replica:
     async def unload(self, name: str) -> None:
         """Have the server forget a name. What it holds in memory stays until newer adapters take its place."""
         with suppress(Missing):
-            await self.client.change(UNLOAD, {"lora_name": name}, timeout_s=QUICK_TIMEOUT_S)
+            await self.client.change(UNLOAD, {"lora_name": name}, quick=True)
 
     async def forget(self, served: Served) -> None:
         if name := self.names.pop(served, ""):
@@ -228,11 +214,11 @@ class Replica:
         try:
             answer = await self.client.ask(BASE_ROUTE, body)
         except Missing:
-            reason = "the server does not have the lora_grpo plugin's route"
-            return [BaseReading(self.url, {}, dict.fromkeys(shapes, reason))]
+            why = "the server does not have the lora_grpo plugin's route"
+            return [BaseReading(self.url, {}, dict.fromkeys(shapes, why))]
         with self.client.reading(BASE_ROUTE, answer):
             workers = [{**one, "where": f"{self.url} ({one['where']})"} for one in answer["workers"]]
-            return [_READING.validate_python(one) for one in workers]
+            return TypeAdapter(list[BaseReading]).validate_python(workers)
 
     async def require_same_base(self) -> None:
         """Raises `DeliveryError` unless the base reads as it did when it was compared with the trainer's."""
@@ -245,8 +231,8 @@ class Replica:
     async def look(self) -> None:
         """Raises `Unreachable` when the server is away, or has forgotten what it had since it was last looked at."""
         await self.client.look("/health")
-        listed = (await models(self.client)).keys()
-        if missing := set(self.names.values()) - listed:
+        listed = await models(self.client)
+        if missing := set(self.names.values()) - listed.keys():
             raise Unreachable(f"{self.url} no longer knows {', '.join(sorted(missing))}: it restarted")
         await self.require_life(self.facts.started)
 
@@ -256,7 +242,6 @@ class Replica:
             raise Unreachable(f"{self.url} restarted, or is the address of several servers")
 
     async def reconnect(self, rank_folder: Path | None) -> None:
-        """After an absence: check the server as a new one, and take note of which names it still has."""
         facts = await connect(self.client, rank_folder)
         if facts.model != self.facts.model:
             raise DeliveryError(f"{self.url} came back with {facts.model} where it had {self.facts.model}")
@@ -266,15 +251,16 @@ class Replica:
 
 
 class Names:
-    """Gives out the names that servers know versions by, and holds the folder whose lock says that this process lives.
+    """Gives out the names that servers know versions by. A server's caches key on them, so every load takes a new one,
+    of this place, a token that only this engine has, and a counter. The token is that of a locked folder: where the
+    lock is free, the process is dead and what it left on servers can go. The place is the file system that the folder
+    lies in, as this boot of the kernel numbers it: containers of one host name see no lock in another's."""
 
-    A server keeps a name until it is told to forget it, and its caches key on it. So every load takes a new one, of
-    this place, a token that only this engine has, and a counter. The token is that of the folder: where its lock is
-    free, the process is dead and what it left on servers can go. The place is the file system that the folder lies in,
-    as this boot of the kernel numbers it: containers of one host name see no lock in another's."""
+    rank_folder: Path | None = None
 
     def __init__(self) -> None:
         self._parent = tmpfs_home()
+        OwnFolder.sweep(self._parent, _FOLDER)
         own = OwnFolder(self._parent, _FOLDER)
         self.folder, self.close = own.path, own.close
         host = re.sub("[^A-Za-z0-9-]+", "-", socket.gethostname())
@@ -283,13 +269,17 @@ class Names:
         self._place, self._token = f"{host}-{system.hexdigest()}", self.folder.name.removeprefix(_FOLDER)
         self._counter = itertools.count(1)
 
+    def write_rank_probe(self) -> None:
+        """An adapter's config of an absurd rank, for servers on this disk to refuse; see `connect`."""
+        self.rank_folder = self.folder / "rank"
+        self.rank_folder.mkdir()
+        config = {"peft_type": "LORA", "r": _TOO_HIGH_RANK, "lora_alpha": _TOO_HIGH_RANK, "target_modules": []}
+        (self.rank_folder / CONFIG_FILE).write_text(json.dumps(config))
+
     def fresh(self, version: AdapterVersion) -> str:
         run = re.sub("[^A-Za-z0-9_-]+", "-", version.path.parent.parent.name)
         return f"lora-grpo.{self._place}.{self._token}.{run}.v{version.number}.{next(self._counter)}"
 
     def is_leftover(self, name: str) -> bool:
-        owner = _OWNED.fullmatch(name)
+        owner = re.fullmatch(r"lora-grpo\.([A-Za-z0-9-]+)\.([a-z0-9_]+)\..+", name)
         return owner is not None and owner[1] == self._place and is_free(self._parent / f"{_FOLDER}{owner[2]}")
-
-    def sweep(self) -> None:
-        OwnFolder.sweep(self._parent, _FOLDER)

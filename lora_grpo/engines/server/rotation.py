@@ -3,32 +3,26 @@
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import TypeAlias, TypeVar
 
-from lora_grpo.engines.server.client import COMPLETIONS, Missing, Unreachable
+from lora_grpo.engines.server.client import Client, Missing, Result, Unreachable, together
 from lora_grpo.engines.server.replica import Replica, Served
 from lora_grpo.errors import EngineError, LoraGrpoError, UnknownVersion
 from lora_grpo.worker import working
 
 logger = logging.getLogger(__name__)
 
-_Result = TypeVar("_Result")
-
-_PLACEMENTS = 4
-"""Replicas that requests may lose, one after the other, before they count as the reason."""
+_Version = TypeVar("_Version")
 
 FIRST_PAUSE_S = 0.25
 
 
-@dataclass(frozen=True, eq=False)
-class Ask(Generic[_Result]):
-    """A request, `body` without the model's name; `served` is None for the base."""
-
-    served: Served | None
-    body: dict[str, Any]
-    read: Callable[[dict[str, Any], dict[str, Any]], _Result]
+Ask: TypeAlias = Callable[[Client, str], Awaitable[Result]]
+"""What is asked of a server, of a model by the name that it has there."""
+Asks: TypeAlias = Sequence[tuple[_Version, Sequence[Ask[Result]]]]
+"""Requests by version (None: the base)."""
 
 
 @dataclass(eq=False)
@@ -96,20 +90,21 @@ class Rotation(ABC):
 
     # Requests
 
-    async def run(self, groups: Sequence[Sequence[Ask[_Result]]], *, only: Replica | None = None) -> list[_Result]:
-        """All answers, in order; the requests of a group, which are for one version, are asked of one replica."""
-        parts = [group[i : i + self.concurrency] for group in groups for i in range(0, len(group), self.concurrency)]
+    async def run(self, asked: Asks[Served | None, Result], size: int = 0, only: Replica | None = None) -> list[Result]:
+        """All answers, in order; of a version's, one replica makes `size` together, or as many as it has room for."""
+        size = min(size or self.concurrency, self.concurrency)
+        parts = [(served, asks[i : i + size]) for served, asks in asked for i in range(0, len(asks), size)]
         made = await together([self._finish(part, only) for part in parts])
         return [answer for answers in made for answer in answers]
 
-    async def _finish(self, asks: Sequence[Ask[_Result]], only: Replica | None) -> list[_Result]:
-        served = asks[0].served
-        failures: list[str] = []
-        while len(failures) < (_PLACEMENTS if only is None else 1):
+    async def _finish(self, part: tuple[Served | None, Sequence[Ask[Result]]], only: Replica | None) -> list[Result]:
+        (served, asks), failures = part, list[str]()
+        # Requests that lose four replicas, one after the other, count as the reason.
+        while len(failures) < (4 if only is None else 1):
             replica = await self._place(len(asks), served is None, only)
             life = replica.facts.started
             try:
-                answers = await together([self._one(replica, ask) for ask in asks])
+                answers = await together([self._one(replica, served, ask) for ask in asks])
                 if served is None or served.pulled_as is not None:
                     # Another life of the server, which nothing has proven, would answer to this name too.
                     await replica.require_life(life)
@@ -123,12 +118,11 @@ class Rotation(ABC):
                 self._notify()
         raise EngineError(f"a request failed wherever it was sent: {'; '.join(failures)}")
 
-    async def _one(self, replica: Replica, ask: Ask[_Result]) -> _Result:
-        name = replica.facts.base if ask.served is None else replica.names.get(ask.served)
+    async def _one(self, replica: Replica, served: Served | None, ask: Ask[Result]) -> Result:
+        name = replica.facts.base if served is None else replica.names.get(served)
         if name is None:
             raise UnknownVersion("a version was unloaded while it was being sampled from; unload it afterwards")
-        body = {"model": name, **ask.body}
-        answer = ask.read(await replica.client.ask(COMPLETIONS, body), body)
+        answer = await ask(replica.client, name)
         if (worker := working.get()) is not None:
             worker.lives()
         return answer
@@ -151,19 +145,8 @@ class Rotation(ABC):
             await self._changed.wait()
 
 
-async def together(coroutines: Sequence[Coroutine[Any, Any, _Result]]) -> list[_Result]:
-    """All results; the first failure ends the others. (A TaskGroup whose task just failed forgets its own cancel.)"""
-    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
 def _has_room(replica: Replica, count: int, base: bool, limit: int) -> bool:
     if replica.in_flight == 0 or replica.state != "serving":
         return True
     # vLLM's CPU kernels mix base and adapter rows of a batch up before 0.33, and no server says that it is on a CPU.
-    mixes = replica.facts.release >= (0, 33) or replica.serves_base == base
-    return mixes and replica.in_flight + count <= limit
+    return (replica.facts.release >= (0, 33) or replica.serves_base == base) and replica.in_flight + count <= limit
