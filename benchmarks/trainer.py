@@ -56,14 +56,13 @@ SHAPES: dict[str, tuple[str, dict[str, int]]] = {  # a released model's shape, a
     "7b": ("qwen2.5-7b", {}),
 }
 SETTINGS = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20), "HF_HUB_OFFLINE": "1"}
-"""Of the processes in which a CPU is measured, where the environment says nothing else."""
 
 
 def main() -> None:
     sizes = {"tokens": "512,1024", "prompt": 64, "rows": 8, "shape": tuple(SHAPES), "dtype": ("bfloat16", "float32")}
     how = {"device": "cpu", "repeat": 1, "checkpointing": ("off", "on")}
     options = asked(__doc__, **sizes, **how, subjects="ours,estimate,canary,trl,backbone", out=None)
-    os.environ.update({**SETTINGS, **os.environ})
+    os.environ.update({**SETTINGS, **os.environ})  # the processes in which a CPU is measured start with it
     about = provenance("-m", "benchmarks.trainer", device=options.device) | {"trl": importlib.metadata.version("trl")}
     about["machine"]["threads"] = int(os.environ["OMP_NUM_THREADS"])
     measure, table = _in_a_process if options.device == "cpu" else _in_turn, []
