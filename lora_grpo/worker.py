@@ -94,8 +94,7 @@ class Worker:
     @property
     def hangs(self) -> bool:
         """Whether it was at work, or should have been, without a sign of life for longer than its patience."""
-        busy = self._current is not None or bool(self._jobs or self._calls)
-        return busy and self._left_s() <= 0
+        return (self._current is not None or bool(self._jobs or self._calls)) and self._left_s() <= 0
 
     def end(self) -> None:
         with self._wake:

@@ -82,15 +82,13 @@ class Journal:
     states written or on their way; `damaged_lines` those, counted from 1, that could not be read."""
 
     def __init__(self, path: Path, *, sync: bool) -> None:
-        self.path = path
+        self.path, self._sync = path, sync
         self.published: dict[int, Manifest] = {}
         self.promoted: dict[int, None] = {}
-        self.pins: set[int] = set()
-        self.states: set[int] = set()
+        self.pins, self.states = set[int](), set[int]()
         self.metrics: dict[int, dict[str, Any]] = {}
         self.damaged_lines: list[int] = []
         self.parents: dict[int, int | None] = {}
-        self._sync = sync
         self._descriptor: int | None = None
         self._lines = self._end = 0
 

@@ -171,8 +171,7 @@ def _is_current(root: Identity | None, run: Identity) -> bool:
 
 
 def _new_root(run: Path | None) -> Path:
-    prefix = "lora-grpo-" if run is None else f"lora-grpo-{run.name}-"
-    return Path(tempfile.mkdtemp(prefix=prefix, dir=disk.tmpfs_home()))
+    return Path(tempfile.mkdtemp(prefix=f"lora-grpo-{run.name}-" if run else "lora-grpo-", dir=disk.tmpfs_home()))
 
 
 def _refuse_other_run(places: Places, identity: Identity | None) -> None:

@@ -44,8 +44,7 @@ class Archive(Tree):
         """Compare every file of an archived folder with its `SHA256SUMS`; `StoreCorrupt` names what differs."""
         folder = self.folder(kind, number)
         with reported(f"reading {folder}"):
-            expected = _read_sums(folder / SUMS_FILE)
-            found = set(os.listdir(folder)) - {SUMS_FILE}
+            expected, found = _read_sums(folder / SUMS_FILE), set(os.listdir(folder)) - {SUMS_FILE}
             if found != set(expected):
                 raise StoreCorrupt(f"{folder} holds {sorted(found)}, but its {SUMS_FILE} names {sorted(expected)}")
             for name, sha256 in expected.items():
@@ -76,8 +75,7 @@ class BackgroundWriter:
         self._jobs: deque[Job] = deque()
         self._running: Job | None = None
         self._failure: StoreError | None = None
-        self._closing = False
-        self._changed = threading.Condition()
+        self._changed, self._closing = threading.Condition(), False
         self._thread = threading.Thread(target=self._work, name="lora-grpo-archive", daemon=True)
 
     @property
