@@ -137,9 +137,8 @@ def retention(keep: "KeepConfig") -> Retention:
     rules = keep_latest(keep.on_tmpfs)
     rules |= keep_trainer_state(keep_latest(keep.trainer_states) | keep_best("reward") | keep_best("eval/reward"))
     if keep.archived is not None:
-        rules |= keep_archived(
-            keep_latest(keep.archived) | keep_best("reward", keep.archived) | keep_best("eval/reward", 3)
-        )
+        archived = keep_latest(keep.archived) | keep_best("reward", keep.archived) | keep_best("eval/reward", 3)
+        rules |= keep_archived(archived)
     return rules
 
 
