@@ -3,14 +3,10 @@
 _INSTEAD = {
     "max_steps num_train_epochs": "set total_steps: it counts generations, where max_steps counts optimizer steps",
     "output_dir": "the run's directory is run_dir= of GRPOTrainer, and output_dir at the top of a config file",
-    "save_steps save_strategy save_total_limit save_only_model": (
-        "every version is published and archived; [keep] (KeepConfig) says how many stay, and their trainer states"
-    ),
+    "save_steps save_strategy save_total_limit save_only_model": "every version is published; [keep] says what stays",
     "resume_from_checkpoint": "call trainer.resume(), or `lora-grpo train --resume`",
     "logging_steps logging_strategy logging_first_step": "every step is logged; leave it out",
-    "log_completions num_completions_to_print log_unique_prompts log_multimodal": (
-        "set log_completions_every, the steps between shown samples"
-    ),
+    "log_completions num_completions_to_print log_unique_prompts log_multimodal": "set log_completions_every",
     "eval_steps eval_strategy": "set eval_every, the steps between held-out evaluations",
     "eval_on_start": "held-out prompts are answered at the start and at the end anyway; leave it out",
     "optim optim_args": "the optimizer is AdamW (learning_rate, weight_decay, adam_beta1 ...); leave it out",
@@ -19,17 +15,12 @@ _INSTEAD = {
     "warmup_ratio": "set warmup_steps, in optimizer updates",
     "lr_scheduler_kwargs": "schedules are those of lr_scheduler_type alone; leave it out",
     "gradient_checkpointing_kwargs": "set gradient_checkpointing alone, or leave both out",
-    "use_liger_loss use_liger_kernel liger_kernel_config": (
-        "log-probs are computed from a part of the vocabulary at a time anyway; leave it out"
-    ),
+    "use_liger_loss use_liger_kernel liger_kernel_config": "log-probs take the vocabulary in parts; leave it out",
     "remove_unused_columns": "reward functions get every column; leave it out",
     "ds3_gather_for_generation": "nothing is gathered: vLLM has a base of its own; leave it out",
-    "per_device_eval_batch_size eval_accumulation_steps num_generations_eval": (
-        "vLLM answers all held-out prompts at once, greedily, one completion each; leave it out"
-    ),
-    "load_best_model_at_end metric_for_best_model greater_is_better": (
-        "save the best version with trainer.save_model(DIRECTORY, which='best:METRIC') or `lora-grpo export RUN best`"
-    ),
+    "per_device_eval_batch_size eval_accumulation_steps": "vLLM answers all held-out prompts at once; leave it out",
+    "num_generations_eval": "held-out prompts get one greedy completion each; leave it out",
+    "load_best_model_at_end metric_for_best_model greater_is_better": "use `lora-grpo export RUN best:METRIC`",
     "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision": (
         "`lora-grpo export RUN VERSION --push-to-hub REPO` uploads a version; leave it out"
     ),
@@ -50,12 +41,8 @@ _INSTEAD = {
     "vllm_server_timeout": "set engine.timeout_s and engine.patience_s (EngineConfig)",
     "bf16 fp16 bf16_full_eval fp16_full_eval": "set model.dtype (ModelConfig) and engine.dtype (EngineConfig)",
     "model_init_kwargs": "pass the model as ModelConfig(name, dtype=, revision=, trust_remote_code=)",
-    "generation_kwargs repetition_penalty vllm_structured_outputs_regex": (
-        "completions are sampled only with temperature and max_completion_length, so that the loss fits them"
-    ),
-    "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps": (
-        "the KL's reference stays the adapter at the start, and TRL does not move it with adapters either; leave it out"
-    ),
+    "generation_kwargs repetition_penalty vllm_structured_outputs_regex": "only temperature can be set; leave it out",
+    "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps": "the KL's reference stays the start's; leave it out",
     "top_entropy_quantile off_policy_mask_threshold "
     "multi_objective_aggregation sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg "
     "vespo_lambda_neg entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta "

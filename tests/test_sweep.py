@@ -28,16 +28,18 @@ from lora_grpo.config_file import load_config, save_config
 from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.log import RunLog, history, read_metrics
 from lora_grpo.trainer import GRPOTrainer
+from lora_grpo.trainer.forking import take_over
 from lora_grpo.trainer.population.member import Member
 from lora_grpo.trainer.sweeping import sweep as sweep_module
-from lora_grpo.trainer.sweeping.plan import SweepPlan, is_swept, trials_of
-from lora_grpo.trainer.sweeping.selection import (
+from lora_grpo.trainer.sweeping.plan import (
     FACTORS,
+    SweepPlan,
     halving_losers,
+    is_swept,
     perturbed,
     score,
-    take_over,
     takeovers,
+    trials_of,
     weighed,
 )
 from lora_grpo.trainer.sweeping.sweep import Sweep
@@ -338,10 +340,16 @@ def fails_once(completions: Sequence[str], trainer_state: Any, **columns: Any) -
     return share_of_low_bytes(completions)
 
 
+@pytest.fixture(autouse=True)
+def half_of_the_members_take_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that there are two take-overs at a step, of which the second can be cut short."""
+    monkeypatch.setattr(sweep_module, "LOSE_OR_WIN", 0.5)
+
+
 def evolving(llama_dir: Path, directory: Path, *swept: str, **changes: Any) -> SweepPlan:
     perturb = ("grpo.learning_rate",)
     settings = settings_of(llama_dir, directory, **changes)
-    return SweepPlan(settings=settings, trials=trials_of(swept), evolve_every=2, perturb=perturb, share=0.5)
+    return SweepPlan(settings=settings, trials=trials_of(swept), evolve_every=2, perturb=perturb)
 
 
 def test_a_member_that_failed_goes_on_from_a_winner(llama_dir: Path, tmp_path: Path) -> None:

@@ -43,8 +43,8 @@ from lora_grpo.errors import (  # noqa: E402
     UnsupportedVersion,
 )
 from lora_grpo.grpo_config import GRPOConfig as OwnConfig  # noqa: E402
+from lora_grpo.integrations.callback import CANARY_EVERY, NativeRollouts  # noqa: E402
 from lora_grpo.integrations.trl import NativeGRPOTrainer, check_release  # noqa: E402
-from lora_grpo.integrations.trl_rollouts import CANARY_EVERY, NativeRollouts  # noqa: E402
 from lora_grpo.metrics.log import read_metrics  # noqa: E402
 from lora_grpo.rollback import RollbackReport  # noqa: E402
 from tests.tiny_models import load_model, tiny_lora, tiny_tokenizer  # noqa: E402

@@ -1,21 +1,33 @@
-"""Versions of a LoRA adapter out of any `transformers.Trainer`: for serving, and for going back."""
+"""Callbacks that publish what another trainer trains: of any `transformers.Trainer`, and what TRL samples through."""
 
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
+from lora_grpo.adapters.peft_form.modules import lora_modules
 from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.version import AdapterVersion, Target
 from lora_grpo.engines.base import Engine, LoadReceipt
 from lora_grpo.engines.fake import FakeEngine
+from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError
+from lora_grpo.grpo.optimizer import Reach
+from lora_grpo.grpo.processes import Processes
 from lora_grpo.integrations.trl_settings import check_optimizer
+from lora_grpo.metrics.render import BACKLOG
 from lora_grpo.rollback import RollbackReport
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer.run import answer_requests
+from lora_grpo.types import Completion, Sampling, derive_seed
 
 DTYPES = ("bfloat16", "float16", "float32")
+CANARY_EVERY = 10  # generations between full canaries, each an extra forward of a few rows
+CANARY_ROWS = 16
 
 
 class PublishAdapter(TrainerCallback):
@@ -103,3 +115,136 @@ class Elsewhere(FakeEngine):
         raise ConfigError("versions are served elsewhere; pass PublishAdapter an engine to sample or compute here")
 
     generate = logprobs = describe_base = _not_here
+
+
+class NativeRollouts(TrainerCallback):
+    """What a TRL trainer samples through: each call from the version that holds its weights, and says which.
+
+    As a callback it answers requests before each step, learns when weights move, and at the end publishes what was
+    trained last and makes all durable. Raises `UnsupportedAdapter` for layers that the first gradients do not reach."""
+
+    def __init__(self, engine: VLLMEngine, sync: NativeSync, sampling: Sampling, batch_rows: int) -> None:
+        self.engine, self.sync, self.store = engine, sync, sync.store
+        self._sampling, self._batch_rows = sampling, batch_rows
+        self._found = self.store.head
+        self._current: AdapterVersion | None = None
+        self._moved = False
+        self._calls = (-1, True, 0)
+        self._generations = 0
+        self._earned: dict[tuple[int, str], tuple[float, int]] = {}
+
+    @property
+    def rolled_back(self) -> bool:
+        """Whether `HEAD` went back since the last publication or generation."""
+        return self._current is not None and self.store.head != self._current
+
+    @property
+    def sampled(self) -> int:
+        """The number of the version that was sampled from last."""
+        return (self._current or self.sync.head).number
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
+        """Raises `ConfigError` when training starts from nothing in a directory that holds a run. A resumed one goes on
+        from the version that holds its checkpoint's weights, where there is one."""
+        if self._found is not None and state.global_step == 0:
+            saved = get_last_checkpoint(args.output_dir) is not None
+            resume = "go on with train(resume_from_checkpoint=True), or " if saved else "it has no checkpoint yet: "
+            raise ConfigError(f"{self.store.archive} holds a run at {self._found}; {resume}name another output_dir")
+        if self._found is not None:
+            self._adopt(self._found, state.global_step)
+        self._modules = lora_modules(model, self.sync.adapter)
+        self._reach = Reach(self._modules, Processes())
+        self._reach.begin()
+
+    def _adopt(self, found: AdapterVersion, step: int) -> None:
+        """Go on from the version of the checkpoint's weights; later ones are no parents of what follows."""
+        versions = self.store.list()
+        for version in reversed([version for version in versions if version.step == step]):
+            if self.sync.adopt(version):
+                break
+        else:
+            return
+        parents, number = {version.number: version.parent for version in versions}, found.number
+        while number > version.number and number in parents:
+            number = parents[number] or 0
+        if number < version.number:
+            told = (
+                f"{found} comes from a rollback after this checkpoint, whose weights training goes on from: {version}"
+            )
+            again = f"to go back again, call rollback(to={number or found.number}) in a callback"
+            warnings.warn(f"{told}; {again}", RuntimeWarning, stacklevel=2)
+
+    def on_step_begin(self, *_: Any, optimizer: Any, lr_scheduler: Any, **__: Any) -> None:
+        self.sync.optimizer, self.sync.scheduler = optimizer, lr_scheduler
+        answer_requests(self.sync)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._reach.watching:
+            gradients = [module.b_OR.grad for module in self._modules]
+            self._reach.check(signal=any(bool(grad.any()) for grad in gradients if grad is not None))
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """From here on there is no need to look whether the weights are still `HEAD`'s."""
+        self._moved = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._reach.end()
+        # The last steps' weights were not sampled from, and would be no version.
+        self.publish(state.global_step, self.sync.optimizer, self.sync.scheduler)
+        self.store.flush()
+
+    def publish(self, step: int, optimizer: Any = None, scheduler: Any = None) -> AdapterVersion:
+        """The proven version that holds the trainer's weights: `HEAD` where they did not change, else a new one."""
+        self.sync.optimizer, self.sync.scheduler = optimizer, scheduler
+        head = self.store.head
+        surely_new = self._moved and not self.rolled_back
+        if head is None or surely_new or head not in self.engine.loaded() or not self.sync.holds(head):
+            head = self.sync.push(step)
+        self._current, self._moved = head, False
+        return head
+
+    def generate(self, prompts: Sequence[Sequence[int]], step: int, *, training: bool = True) -> list[Completion]:
+        """One completion a prompt, all by `HEAD`; a prompt near the model's limit gets the tokens that are left.
+
+        Seeds derive from the run's, the step and the call within it, so that a resumed run samples alike: the calls of
+        an evaluation, which it does not make again, count apart."""
+        self._current = version = self.sync.head
+        *moment, call = self._calls
+        self._calls = (step, training, call + 1 if moment == [step, training] else 0)
+        limits = [min(self._sampling.max_tokens, max(1, self.engine.max_model_len - len(ids))) for ids in prompts]
+        made: dict[int, Completion] = {}
+        for limit in sorted(set(limits), reverse=True):
+            rows = [row for row, own in enumerate(limits) if own == limit]
+            seed = derive_seed(self._sampling.seed or 0, *self._calls, limit)
+            sampling = replace(self._sampling, max_tokens=limit, seed=seed)
+            groups = self.engine.generate([prompts[row] for row in rows], sampling, adapter=version)
+            self._canary(groups)
+            made |= {row: group.completions[0] for row, group in zip(rows, groups, strict=True)}
+        return [made[row] for row in range(len(prompts))]
+
+    def record(self, rewards_BF: Any, names: Sequence[str], weights: Any, *, training: bool) -> dict[str, float]:
+        """Keep mean rewards with the version that earned them (`eval/` outside training); returns what to log."""
+        prefix, number = "" if training else "eval/", self.sampled
+        totals_B = (rewards_BF * weights.to(rewards_BF.device)).nansum(dim=1)
+        columns = {"reward": totals_B[~rewards_BF.isnan().all(dim=1)]}
+        columns |= {f"rewards/{name}/mean": rewards_BF[:, i] for i, name in enumerate(names)}
+        found: dict[str, float] = {}
+        for name, values in columns.items():
+            total, count = self._earned.get((number, prefix + name), (0.0, 0))
+            total, count = total + float(values.nansum()), count + int((~values.isnan()).sum())
+            self._earned[number, prefix + name] = (total, count)
+            if count:
+                found[prefix + name] = total / count
+        self.store.record(number, **found)
+        pushed = self.sync.last_receipt
+        # A version that was rolled back to was not pushed last.
+        timings = pushed.metrics if pushed is not None and pushed.version.number == number else {}
+        return {"version": float(number), **timings, BACKLOG: float(self.store.archive_backlog_bytes)}
+
+    def _canary(self, groups: Sequence[Any]) -> None:
+        """At its cadence, where sampler and trainer describe one distribution. Raises `DeliveryError`."""
+        due, plain = self._generations % CANARY_EVERY == 0, self._sampling
+        self._generations += 1
+        filtered = (plain.top_p, plain.top_k, plain.min_p) != (1.0, 0, 0.0)
+        if due and plain.temperature > 0 and not filtered and self.sync.probe is not None:
+            self.sync.canary(groups[:CANARY_ROWS], temperature=plain.temperature, batch_rows=self._batch_rows)

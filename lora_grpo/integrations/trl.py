@@ -1,9 +1,5 @@
 """TRL's GRPOTrainer without merging: versions are published, proven and sampled from, and come back in one call.
 
-    from lora_grpo.integrations.trl import NativeGRPOTrainer as GRPOTrainer
-
-in place of `from trl import GRPOTrainer` is all that a script with `use_vllm=True, vllm_mode="colocate"` needs.
-
 Every touch of TRL's internals is in this file. Relied on in TRL 1.16: `trl.trainer.grpo_trainer` looks
 `VLLMGeneration`, `create_model_from_path` (which takes an `architecture`) and `AutoProcessor` up when a trainer is
 built, and of what the first makes the trainer uses `sync_weights()`, `generate(...)` and, with tools,
@@ -35,7 +31,7 @@ from lora_grpo.engines.local.targets import check_is_base, checkpoint_config, fu
 from lora_grpo.engines.requests import one_bos
 from lora_grpo.engines.vllm_local import VLLMEngine
 from lora_grpo.errors import ConfigError, UnsupportedVersion
-from lora_grpo.integrations.trl_rollouts import NativeRollouts
+from lora_grpo.integrations.callback import NativeRollouts
 from lora_grpo.integrations.trl_settings import check_arguments, check_reference, check_types, sampling_of, vllm_args
 from lora_grpo.metrics.reporter import check_folder
 from lora_grpo.rollback import RollbackReport
@@ -95,13 +91,9 @@ class NativeGRPOTrainer(grpo_trainer.GRPOTrainer):
         code = {name: (args.model_init_kwargs or {}).get(name) for name in ("revision", "trust_remote_code")}
         _check_base(model, named.get("peft_config"), code)
         check_reference(model, args)
-        self._closing = ExitStack()
+        self._closing, self._keep, self._engine_args = ExitStack(), keep or KeepConfig(), engine_args or {}
         folder = Path(run_dir or Path(args.output_dir) / "native")
-
-        def build(**keywords: Any) -> SimpleNamespace:
-            given = {**keywords, "revision": code["revision"]}
-            return self._backend(args, given, engine_args or {}, keep or KeepConfig(), folder, store_root)
-
+        build = partial(self._backend, args, folder, store_root, code["revision"])
         load = partial(_load, grpo_trainer.create_model_from_path)
         with untouched_when_stopped(folder, store_root), ExitStack() as on_failure:
             on_failure.callback(self._closing.close)
@@ -130,17 +122,15 @@ class NativeGRPOTrainer(grpo_trainer.GRPOTrainer):
 
     # What TRL calls
 
-    def _backend(
-        self, args: Any, given: Mapping[str, Any], engine_args: Any, keep: KeepConfig, run_dir: Path, store_root: Any
-    ) -> SimpleNamespace:
+    def _backend(self, args: Any, run_dir: Path, store_root: Any, revision: Any, **given: Any) -> SimpleNamespace:
         """In place of its `VLLMGeneration`; what cannot be served is refused before the engine starts."""
-        sampling, model = sampling_of(given, args.seed, self.eos_token_ids), given["model"]
+        sampling, model, keep = sampling_of(given, args.seed, self.eos_token_ids), given["model"], self._keep
         if not hasattr(model, "peft_config"):
             raise ConfigError("full fine-tuning has no adapter: pass peft_config=LoraConfig(), or use trl.GRPOTrainer")
         check_servable(model, active_adapter(model))
         # Each wrapped layer costs decoding time, whether an adapter uses it or not.
         adapted = {"target_modules": adapted_leaves(model, None)}
-        keywords = vllm_args(given, lora_rank(model, None), {**adapted, **engine_args})
+        keywords = vllm_args({**given, "revision": revision}, lora_rank(model, None), {**adapted, **self._engine_args})
         check_folder(run_dir)
         store = AdapterStore(store_root, archive=run_dir, retention=retention(keep), budget_bytes=keep.budget_bytes)
         self._closing.callback(store.close)

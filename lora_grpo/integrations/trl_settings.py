@@ -17,10 +17,10 @@ from lora_grpo.errors import ConfigError, UnsupportedAdapter
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.types import Sampling
 
+# What `generation_kwargs` may override: the fields of `Sampling`, which mean what vLLM's mean.
 _SAMPLED_WITH = tuple(field.name for field in fields(Sampling) if field.name not in ("n", "first_prompt"))
-"""What `generation_kwargs` may override: the fields of `Sampling`, which mean what vLLM's mean."""
+# Parts of the names of those that keep objects or packed tensors, or what they keep outside of their state.
 _OPTIMIZERS_NOT_KEPT = ("galore", "apollo", "adalomo", "grokadamw", "adamw_torch_4bit", "adamw_torch_8bit")
-"""Parts of the names of those that keep objects or packed tensors, or what they keep outside of their state."""
 _ANOTHER = "the sampled distribution would not be the trained one"
 _REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {  # by setting: what of it is refused, and why
     "vllm_tensor_parallel_size": (lambda size: size != 1, "the proofs read the slots of one worker; set it to 1"),
@@ -114,15 +114,8 @@ def check_types(given: Mapping[str, Any]) -> None:
 def sampling_of(given: Mapping[str, Any], seed: int, end_tokens: Sequence[int]) -> Sampling:
     """How every completion is sampled, but for the seed of the call; `given` is what TRL gives its own vLLM, and
     `end_tokens` the ids at which it takes a completion to have ended."""
-    fields = {
-        "max_tokens": given["max_completion_length"],
-        "temperature": given["temperature"],
-        "top_p": given["top_p"],
-        "top_k": given["top_k"],
-        "min_p": given["min_p"] or 0.0,
-        "seed": seed,
-        **(given["generation_kwargs"] or {}),
-    }
+    fields = {"max_tokens": given["max_completion_length"], "min_p": given["min_p"] or 0.0, "seed": seed}
+    fields |= {name: given[name] for name in ("temperature", "top_p", "top_k")} | (given["generation_kwargs"] or {})
     # Of stops vLLM takes one string alone, a list, or None.
     for name in fields.keys() & {"stop", "stop_token_ids"}:
         value = fields[name]

@@ -1,15 +1,4 @@
-"""A run's log files: its records, one JSON object a line, and in `engine.log` what libraries say.
-
-Records of `metrics.jsonl`, told apart by `event`:
-
-- `start`: a run or a resumed run begins; `step` is the last step that is behind it, `info` what it runs with
-- `step`: one training step; its metrics lie in the record itself, under TRL's names where TRL has one
-- `evaluation`: held-out metrics of `version`, after `step`
-- `rollback`: the run went back to where it was after `step`; `text` says why and how
-- `message`: something that a person should know
-- `end`: the run ended; `info` is its result
-
-Each has `time`, seconds since the epoch. A number that is not finite is written as null."""
+"""A run's log files: its records, one JSON object a line, and in `engine.log` what libraries say."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""`fork`: a new run that starts from any version of another."""
+"""`fork`: a new run that starts from any version of another; and `take_over`: a run that goes on from another's."""
 
 import os
 import shutil
@@ -21,9 +21,11 @@ from lora_grpo.config_file import RESOLVED_FILE, load_config, save_config, with_
 from lora_grpo.errors import ConfigError, StoreCorrupt
 from lora_grpo.metrics.log import METRICS_FILE, Record, RunLog, history, read_metrics
 from lora_grpo.reference import REFERENCE_FILE, keep_reference
-from lora_grpo.state import TrainerState, read_state
+from lora_grpo.state import TrainerState, capture_state, named_weights, read_state, restore_state
+from lora_grpo.trainer import loop
 from lora_grpo.trainer.build import check_same_adapter
 from lora_grpo.trainer.rollouts import EVALUATIONS
+from lora_grpo.trainer.run import Run
 
 _KEPT = ("step", "evaluation")
 
@@ -193,3 +195,40 @@ def _log(staged: Path, records: Sequence[Record]) -> None:
     for record in records:
         log.append(record["event"], **record)
     log.close()
+
+
+def take_over(loser: Run, winner: Run) -> AdapterVersion:
+    """`loser` stands where `winner` stands: its weights, optimizer, schedule and step, as a new version of the loser.
+
+    Its parent is the loser's own last one; the journal holds `from/run`, `from/version` and `from/digest`. Seeds, data
+    position and random state stay the loser's. Both are between two steps. One that a kill cut short, after its version
+    was there, is only completed. Raises `ConfigError`, before anything has changed, for an adapter of another form."""
+    if loser is winner:
+        raise ConfigError(f"{loser.run_dir} cannot take over from itself; give two runs")
+    taken = winner.version
+    if (loser.version.digest, loser.version.step) != (taken.digest, winner.steps_done):
+        _publish_as(loser, winner)
+    loser.take_up(winner.steps_done, without_signal=winner.without_signal)
+    loser.store.record(loser.version, **taken_from(winner.run_dir, taken))
+    return loser.version
+
+
+def _publish_as(loser: Run, winner: Run) -> None:
+    trainings = (loser.sync.training, winner.sync.training)
+    ours, theirs = ([(name, ab.shape) for name, ab in named_weights(one.modules)] for one in trainings)
+    if ours != theirs:
+        told = f"{loser.run_dir} cannot take over from {winner.run_dir}: their adapters differ in rank or layers"
+        raise ConfigError(f"{told}; give both runs the same lora settings")
+    before, state = (capture_state(one, {}) for one in trainings)
+    tensors = {name: tensor for name, tensor in state.tensors.items() if not name.startswith("rng/")}
+    keep_state = loser.sync.keep_state
+    try:
+        restore_state(TrainerState(tensors, state.meta), loser.sync.training)
+        # A resume has to find it, whatever states retention asks for.
+        loser.sync.keep_state = lambda version: True
+        loop.publish(loser, winner.steps_done)
+    except BaseException:
+        restore_state(before, loser.sync.training)
+        raise
+    finally:
+        loser.sync.keep_state = keep_state

@@ -72,18 +72,6 @@ class MemberSpec:
         """What its directory is called."""
         return Path(self.run_dir).name
 
-    def loaded(self) -> MemberSpec:
-        """With its data read, whose chats are rendered as its settings say. Raises `ConfigError` for missing ones."""
-
-        def read(data: Any, name: str) -> PromptDataset:
-            if data is None:
-                raise ConfigError(f"{name} is missing: pass a Dataset, a list of dicts with 'prompt', or a file")
-            found = data if isinstance(data, PromptDataset) else load_prompts(data)
-            return replace(found, chat_template_kwargs=self.config.chat_template_kwargs)
-
-        held_out = None if self.eval_dataset is None else read(self.eval_dataset, "eval_dataset")
-        return replace(self, train_dataset=read(self.train_dataset, "train_dataset"), eval_dataset=held_out)
-
 
 @dataclass
 class Preflight:
@@ -96,10 +84,17 @@ class Preflight:
     num_processes: int = 1
 
     def __post_init__(self) -> None:
-        self.spec, self.config = self.spec.loaded(), self.spec.config
+        self.config, held_out = self.spec.config, self.spec.eval_dataset
+        if self.spec.train_dataset is None:
+            raise ConfigError("train_dataset is missing: pass a Dataset, a list of dicts with 'prompt', or a file")
+        self.train = self._read(self.spec.train_dataset)
+        self.held_out = None if held_out is None else self._read(held_out)
+        self.spec = replace(self.spec, train_dataset=self.train, eval_dataset=self.held_out)
         self.reward_funcs = reward_functions(self.spec.reward_funcs)
-        self.train: PromptDataset = self.spec.train_dataset  # type: ignore[assignment]
-        self.held_out: PromptDataset | None = self.spec.eval_dataset  # type: ignore[assignment]
+
+    def _read(self, data: Any) -> PromptDataset:
+        found = data if isinstance(data, PromptDataset) else load_prompts(data)
+        return replace(found, chat_template_kwargs=self.config.chat_template_kwargs)
 
     def check(self) -> None:
         check_trackers(self.config.report_to)

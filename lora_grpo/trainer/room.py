@@ -1,7 +1,6 @@
 """What an engine is started for, of one run or of a population, and how many of its members memory holds."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
@@ -16,7 +15,7 @@ from torch import nn
 from lora_grpo.config import EngineConfig, ModelConfig
 from lora_grpo.engines.base import Engine
 from lora_grpo.engines.compat import allowed_rank
-from lora_grpo.engines.local.targets import check_whole, checkpoint_config
+from lora_grpo.engines.local.targets import check_whole
 from lora_grpo.errors import ConfigError
 from lora_grpo.grpo.forward import base_dtype
 from lora_grpo.grpo_config import GRPOConfig
@@ -53,14 +52,11 @@ class Room:
     version_bytes: int  # of the tensors of a version, the largest member's
     members: int  # at a time
     memory: MemoryEstimate  # of those
-    joint_kv_bytes: int  # what the rows of one round of several members take of the KV cache at most
     fit: int  # how many members memory holds, the largest first
     checkpointing: bool  # whether activations are computed twice, for members that leave it open
 
     def __str__(self) -> str:
         said = str(self.memory) if self.members == 1 else f"{self.members} members take {self.memory}"
-        if self.joint_kv_bytes:
-            said += f"; of the KV cache, the rows of a round take {mib(self.joint_kv_bytes)} at most"
         return said + (", activations computed twice" if self.checkpointing else "")
 
     def start(self, model: Model, sharing: Sharing) -> Engine:
@@ -112,7 +108,6 @@ def plan_room(
             raise ConfigError("share_base_weights=True: quantized weights cannot be the trainer's too; leave it out")
     one_copy, served = models.expects_one_copy(sharing, model, config), sized if starts else None
     joint = members[0].peft_config if len(members) == 1 else LoraConfig(r=1, target_modules=leaves or "all-linear")
-    joint_kv_bytes = _round_bytes(model, members, config, at_once)
     adapters = {str(adapter): adapter for adapter in (joint, *(member.peft_config for member in members))}
     asked = [member.config.gradient_checkpointing for member in members]
 
@@ -136,23 +131,10 @@ def plan_room(
         totals_bytes = accumulate((one.adapter_and_optimizer_bytes + slot_bytes for one in each), initial=fixed_bytes)
         fit = sum(total <= available_memory(default_device()) for total in totals_bytes) - 1
         of_version = each[0].adapter_and_optimizer_bytes // ADAM_BYTES * engine_dtype(config).itemsize
-        return Room(sized, rank, leaves, of_version, at_once, memory, joint_kv_bytes, max(0, fit), twice)
+        return Room(sized, rank, leaves, of_version, at_once, memory, max(0, fit), twice)
 
     found = room(twice=all(asked))
     return room(twice=True) if found.fit < at_once and None in asked else found
-
-
-def _round_bytes(model: Model, members: Sequence[Wanted], config: EngineConfig, at_once: int) -> int:
-    """Keys and values of a round's rows, no prompt shared, with plain attention in every layer; 0: nothing known."""
-    if at_once == 1 or not isinstance(model, ModelConfig):
-        return 0
-    text: Any = checkpoint_config(model.name, **model.loading).get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", None)
-    if not heads:
-        return 0
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    tokens = sorted((member.config.rows_per_step(1) * member.batch.length for member in members), reverse=True)
-    return 2 * text.num_hidden_layers * heads * width * engine_dtype(config).itemsize * sum(tokens[:at_once])
 
 
 def estimate(

@@ -1,11 +1,12 @@
-"""What a sweep tries, a grid of values or draws from values and ranges, and does, as `SWEEP/sweep.json` keeps it."""
+"""What a sweep tries, a grid or draws, and does, as `SWEEP/sweep.json` keeps it; how it selects among members."""
 
 import itertools
 import json
 import math
 import random
 import re
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,11 +17,15 @@ from lora_grpo.adapters.files import disk
 from lora_grpo.config import RunConfig
 from lora_grpo.config_file import RESOLVED_FILE, load_config, setting, with_settings
 from lora_grpo.errors import ConfigError
+from lora_grpo.metrics.log import Record
 from lora_grpo.sections import Section
 
 _NUMBER = r"([-+]?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)"
 _RANGE = re.compile(rf"(log:)?{_NUMBER}\.\.{_NUMBER}")
 MAX_TRIALS = 1000  # more is a typing error rather than a sweep
+SWEEP_FILE = "sweep.json"
+WINDOW = 3  # steps whose mean reward is a score
+FACTORS = (0.8, 1.25)  # of a setting, in population-based training (Jaderberg et al., 2017, arXiv 1711.09846)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +124,11 @@ def _trial(number: str, keys: tuple[str, ...], values: tuple[str, ...]) -> Trial
     return Trial(f"{number}_{label}"[:80], tuple(map("=".join, zip(keys, values, strict=True))))
 
 
-SWEEP_FILE = "sweep.json"
-
-
 class SweepPlan(Section):
     """`settings` are a run's, whose `output_dir` is the sweep's directory; each trial is a run in a folder of it. At
     each of `rungs` (steps), the best `keep` of the members that came to it go on. Every `evolve_every` steps, the worst
-    `share` of the members take over from the best `share` and have the numbers in `perturb` changed. `at_once` members
-    run at the same time (None: as many as fit). `seed` decides on draws."""
+    quarter take over from the best and have the numbers in `perturb` changed. `at_once` members run at the same time
+    (None: as many as fit). `seed` decides on draws."""
 
     settings: RunConfig
     trials: tuple[Trial, ...]
@@ -134,7 +136,6 @@ class SweepPlan(Section):
     keep: float = Field(0.5, gt=0, lt=1)
     evolve_every: int | None = Field(None, ge=1)
     perturb: tuple[str, ...] = ()
-    share: float = Field(0.25, gt=0, le=0.5)
     at_once: int | None = None
     seed: int = 0
 
@@ -142,28 +143,26 @@ class SweepPlan(Section):
     def directory(self) -> Path:
         return Path(self.settings.output_dir)
 
-    @property
-    def common_weights(self) -> list[float] | None:
-        """The rewards' weights by which members are compared where their own differ: those of `settings`."""
+    def comparable(self, records: Sequence[Record]) -> Sequence[Record]:
+        """By the rewards' weights of `settings` where members have their own: a larger weight is no better policy."""
         differ = any(re.fullmatch(r"rewards\.\d+\.weight", key) for key in {*self._swept(), *self.perturb})
-        return [reward.weight for reward in self.settings.rewards] if differ else None
+        weights = [reward.weight for reward in self.settings.rewards]
+        return [weighed(record, weights) for record in records] if differ else records
 
     def _swept(self) -> set[str]:
         return {text.partition("=")[0].strip() for trial in self.trials for text in trial.settings}
 
     @model_validator(mode="after")
     def _check(self) -> "SweepPlan":
-        if placed := self._swept() & {"output_dir", "store_root"}:
-            raise ConfigError(f"{' and '.join(placed)}: each member gets a place of its own; sweep other settings")
+        for key in self._swept():
+            if key in ("output_dir", "store_root"):
+                raise ConfigError(f"{key}: each member gets a place of its own; sweep other settings")
+            if (section := key.partition(".")[0]) in ("model", "engine"):
+                raise ConfigError(f"{key}: members share one {section}; sweep other settings")
         configs = [self.config(trial) for trial in self.trials]
-        for trial, config in zip(self.trials, configs, strict=True):
-            for section in ("model", "engine"):
-                if getattr(config, section) != getattr(self.settings, section):
-                    raise ConfigError(f"{' '.join(trial.settings)}: members share one {section}; sweep other settings")
-        shortest = min(config.grpo.total_steps for config in configs)
-        for rung in self.rungs:
-            if not 1 <= rung < shortest:
-                raise ConfigError(f"a rung at step {rung} must be from 1 to {shortest - 1}, below grpo.total_steps")
+        last = min(config.grpo.total_steps for config in configs) - 1
+        if wrong := [rung for rung in self.rungs if not 1 <= rung <= last]:
+            raise ConfigError(f"a rung at step {wrong[0]} must be from 1 to {last}, below grpo.total_steps")
         if self.keep != type(self).model_fields["keep"].default and not self.rungs:
             raise ConfigError(f"--keep {self.keep:g} is the share that goes on at rungs; give --rungs STEPS too")
         if self.evolve_every is not None:
@@ -213,3 +212,54 @@ class SweepPlan(Section):
         if plan is None:
             raise ConfigError(f"{directory} has no {SWEEP_FILE}: it is not a sweep; begin one with a TOML file")
         return plan
+
+
+# Selection among members.
+
+
+def score(history: Sequence[Record], step: int) -> float | None:
+    """The mean training reward of the last `WINDOW` steps up to `step`; None for a member that is not there yet, and
+    minus infinity for one whose reward is not finite."""
+    if not history or history[-1]["step"] < step:
+        return None
+    rewards = [float(metrics["reward"]) for metrics in history if metrics["step"] <= step][-WINDOW:]
+    mean = statistics.fmean(rewards) if rewards else math.nan
+    return mean if math.isfinite(mean) else -math.inf
+
+
+def weighed(metrics: Mapping[str, Any], weights: Sequence[float]) -> Record:
+    """A step's or an evaluation's metrics, `reward` being its reward functions' means by these weights."""
+    means = [value for name, value in metrics.items() if name.startswith("rewards/") and not name.endswith("/std")]
+    # A function that scored no row has no mean: NaN here, null in a log.
+    pairs = zip(weights, means, strict=True)
+    known = [weight * mean for weight, mean in pairs if mean is not None and not math.isnan(mean)]
+    return {**metrics, "reward": sum(known) if known else math.nan}
+
+
+def halving_losers(scores: Mapping[str, float], keep: float) -> set[str]:
+    """Successive halving (Jamieson and Talwalkar, 2016, https://arxiv.org/abs/1502.07943): all but the best `keep`.
+
+    At least one is kept; of equals the earlier. Members that come to a rung later are compared with all that were
+    there before them, as in its asynchronous form (https://arxiv.org/abs/1810.05934)."""
+    count = max(1, math.ceil(len(scores) * keep - 1e-9))
+    ranked = sorted(scores, key=lambda name: -scores[name])
+    return set(ranked[count:])
+
+
+def takeovers(scores: Mapping[str, float], share: float, draw: random.Random) -> list[tuple[str, str]]:
+    """Pairs (loser, winner) of population-based training: each of the worst `share`, and of those whose score is minus
+    infinity, takes over one of the best `share`, drawn; nobody where the best is no better."""
+    count = min(len(scores) // 2, max(1, math.ceil(len(scores) * share - 1e-9)))
+    ranked = sorted(scores, key=lambda name: -scores[name])
+    winners = ranked[: max(1, count)]
+    lost = [name for place, name in enumerate(ranked) if place >= len(ranked) - count or scores[name] == -math.inf]
+    pairs = [(loser, draw.choice(winners)) for loser in lost]
+    return [(loser, winner) for loser, winner in pairs if scores[winner] > scores[loser]]
+
+
+def perturbed(value: Any, draw: random.Random) -> float | int:
+    """A number times one of `FACTORS`, a whole one at least 1 apart."""
+    factor = draw.choice(FACTORS)
+    if isinstance(value, float):
+        return value * factor
+    return max(0, min(value - 1, math.floor(value * factor)) if factor < 1 else max(value + 1, round(value * factor)))

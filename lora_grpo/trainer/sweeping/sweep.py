@@ -16,16 +16,16 @@ from lora_grpo.config_file import save_config, setting, with_settings
 from lora_grpo.engines.base import Engine
 from lora_grpo.errors import ConfigError
 from lora_grpo.metrics.curves import plot_curves
-from lora_grpo.metrics.log import RunLog, read_metrics, run_history
+from lora_grpo.metrics.log import Record, RunLog, read_metrics, run_history
 from lora_grpo.trainer.build import member_spec
+from lora_grpo.trainer.forking import take_over
 from lora_grpo.trainer.population.member import Member
 from lora_grpo.trainer.population.population import Population
 from lora_grpo.trainer.preflight import MemberSpec
-from lora_grpo.trainer.sweeping.plan import SWEEP_FILE, SweepPlan, Trial
-from lora_grpo.trainer.sweeping.selection import halving_losers, perturbed, score, take_over, takeovers, weighed
+from lora_grpo.trainer.sweeping.plan import SWEEP_FILE, SweepPlan, Trial, halving_losers, perturbed, score, takeovers
 
 LOG_FILE, SUMMARY_FILE, CURVES_FILE, BEST = "sweep.jsonl", "summary.json", "curves.png", "best-adapter"
-Steps = Sequence[dict[str, Any]]
+LOSE_OR_WIN = 0.25  # the share of the members that lose at a take-over, and of those that win
 
 
 class Sweep:
@@ -47,7 +47,7 @@ class Sweep:
         for record in records:
             self._go_over(record)
         self._members: dict[str, Member] = {}
-        self._past: dict[str, tuple[Steps, list[float]]] = {}
+        self._past: dict[str, tuple[Sequence[Record], Sequence[Record]]] = {}
 
     def run(self, show: Callable[[list[dict[str, Any]]], None] = lambda rows: None) -> dict[str, Any]:
         """To the end; `show` is given the members' rows, now and after each round. Returns the summary.
@@ -168,7 +168,7 @@ class Sweep:
         known = {trial.name: found.get(trial.name) for trial in self.plan.trials}
         scores = {name: value for name, value in known.items() if value is not None}
         draw = random.Random(f"{self.plan.seed} {step}")
-        for loser, winner in takeovers(scores, self.plan.share, draw):
+        for loser, winner in takeovers(scores, LOSE_OR_WIN, draw):
             self._take_over(population, loser, running[winner], draw)
         self._note("evolved", step=step)
 
@@ -201,24 +201,17 @@ class Sweep:
         trial = next(trial for trial in self.plan.trials if trial.name == name)
         return self.plan.config(trial) if member is None or member.spec.settings is None else member.spec.settings
 
-    def _known(self, name: str) -> tuple[Steps, list[float]]:
-        """The metrics of a member's steps and its held-out rewards, those of earlier sessions included."""
-        member = self._members.get(name)
+    def _known(self, name: str) -> tuple[Sequence[Record], Sequence[Record]]:
+        """The metrics of a member's steps and evaluations, those of earlier sessions included."""
+        member, comparable = self._members.get(name), self.plan.comparable
         if member is not None and member.history:
             self._past.pop(name, None)
-            return self._comparable(member.history, [result.metrics for result in member.evaluations])
+            return comparable(member.history), comparable([result.metrics for result in member.evaluations])
         if name not in self._past:
             records = run_history(self.plan.directory / name)
             steps, evaluations = ([one for one in records if one["event"] == kind] for kind in ("step", "evaluation"))
-            self._past[name] = self._comparable(steps, evaluations)
+            self._past[name] = comparable(steps), comparable(evaluations)
         return self._past[name]
-
-    def _comparable(self, steps: Steps, evaluations: Steps) -> tuple[Steps, list[float]]:
-        """Rewards by the same weights for all, where members have their own: a larger weight is no better policy."""
-        weights = self.plan.common_weights
-        if weights is not None:
-            steps, evaluations = ([weighed(one, weights) for one in found] for found in (steps, evaluations))
-        return steps, [one["reward"] for one in evaluations]
 
     def _row(self, trial: Trial) -> dict[str, Any]:
         member, settings = self._members.get(trial.name), self._settings(trial.name)
@@ -230,7 +223,7 @@ class Sweep:
             "state": ended.get("state") or (member.state if member else "waiting"),
             "step": steps[-1]["step"] if steps else 0,
             "reward": score(steps, steps[-1]["step"]) if steps else None,
-            "held_out": held_out[-1] if held_out else None,
+            "held_out": held_out[-1]["reward"] if held_out else None,
             "why": ended.get("why"),
             **{key: setting(settings, key) for key in dict.fromkeys([*swept, *self.plan.perturb])},
         }
@@ -250,9 +243,8 @@ class Sweep:
             shutil.rmtree(adapter, ignore_errors=True)  # what an earlier session wrote there
             with AdapterStore(archive=run, readonly=True) as store:
                 version = store.get(which)
-                weights = export_adapter(store, version, Recipe.read(run), adapter)
-            exported = {"version": version.number, "digest": version.digest, "weights": weights}
-            summary |= {"adapter": str(adapter), **exported}
+                summary["weights"] = export_adapter(store, version, Recipe.read(run), adapter)
+            summary |= {"adapter": str(adapter), "version": version.number, "digest": version.digest}
         disk.replace_file(directory / SUMMARY_FILE, json.dumps(summary, indent=1).encode(), sync=True)
         return summary
 
