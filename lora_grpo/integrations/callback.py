@@ -118,10 +118,8 @@ class Elsewhere(FakeEngine):
 
 
 class NativeRollouts(TrainerCallback):
-    """What a TRL trainer samples through: each call from the version that holds its weights, and says which.
-
-    As a callback it answers requests before each step, learns when weights move, and at the end publishes what was
-    trained last and makes all durable. Raises `UnsupportedAdapter` for layers that the first gradients do not reach."""
+    """What a TRL trainer samples through: each call from the version that holds its weights, and says which. At the end
+    it publishes what was trained last. Raises `UnsupportedAdapter` for layers that the first gradients do not reach."""
 
     def __init__(self, engine: VLLMEngine, sync: NativeSync, sampling: Sampling, batch_rows: int) -> None:
         self.engine, self.sync, self.store = engine, sync, sync.store
@@ -140,7 +138,6 @@ class NativeRollouts(TrainerCallback):
 
     @property
     def sampled(self) -> int:
-        """The number of the version that was sampled from last."""
         return (self._current or self.sync.head).number
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
@@ -184,8 +181,7 @@ class NativeRollouts(TrainerCallback):
             self._reach.check(signal=any(bool(grad.any()) for grad in gradients if grad is not None))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """From here on there is no need to look whether the weights are still `HEAD`'s."""
-        self._moved = True
+        self._moved = True  # no need to look, from here on, whether the weights are still `HEAD`'s
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._reach.end()

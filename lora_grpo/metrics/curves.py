@@ -27,7 +27,6 @@ class Panel:
 
     @cached_property
     def limits(self) -> tuple[float, float]:
-        """The least and the greatest value to show; 0 is always shown."""
         values = [value for _, values in self.lines.values() for value in values]
         low, high = min(0.0, *values), max(0.0, *values)
         if self.crop:
@@ -69,13 +68,10 @@ def panels(records: Sequence[Record], given_up: Sequence[Record] = ()) -> list[P
     steps = [record for record in records if record["event"] == "step"]
     evaluations = [record for record in records if record["event"] == "evaluation"]
     at, rewards = series(steps, "reward")
+    shown = {"each step": (at, rewards), "smoothed": (at, smoothed(rewards))}
     seconds = {phase: series(steps, f"time/{phase}_s") for phase in PHASES}
     titled = {
-        "Reward of the sampled completions": {
-            "each step": (at, rewards),
-            "smoothed": (at, smoothed(rewards)),
-            "given up": series(given_up, "reward"),
-        },
+        "Reward of the sampled completions": {**shown, "given up": series(given_up, "reward")},
         "Held-out reward": {"reward": series(evaluations, "reward")},
         "Log-prob gap, trainer to sampler, nats a token": {"gap": series(steps, GAP)},
         "Share of groups whose rewards differ": {"signal": series(steps, SIGNAL)},
@@ -107,7 +103,6 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def _thinned(steps: Sequence[float], values: Sequence[float]) -> Points:
-    """At most MOST_POINTS points, each the mean of its neighbours."""
     each = -(-len(steps) // MOST_POINTS)
     starts = range(0, len(steps), each)
     return [[statistics.fmean(axis[start : start + each]) for start in starts] for axis in (steps, values)]  # type: ignore[return-value]

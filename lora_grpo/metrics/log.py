@@ -161,9 +161,8 @@ class _Telling(logging.Handler):
 
 @contextmanager
 def capture_output(log_path: Path) -> Iterator[None]:
-    """While inside, everything written to stdout and stderr goes to `log_path`, from Python, C and child processes: for
-    the start of an engine, whose libraries write past every logger. What `own_stderr` opened before still shows. An
-    exception that leaves gets a note that names the file."""
+    """While inside, all that is written to stdout and stderr, by Python, C or a child, goes to `log_path`: an engine's
+    libraries write past every logger. An exception that leaves gets a note that names the file."""
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("a", encoding="utf-8", errors="backslashreplace") as log, ExitStack() as stack:
         for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):

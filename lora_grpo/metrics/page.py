@@ -45,7 +45,6 @@ def render_page(run: Path, lineage: Lineage, *, live: bool = False, refresh_s: f
     told = [record["info"] for record in records if record["event"] in ("start", "end")]
     info = {name: value for one in told for name, value in one.items()}
     settings = info.pop("config", {})
-    messages = _messages(records)
     logged = read_metrics(run / SAMPLES_FILE) if (run / SAMPLES_FILE).is_file() else []
     pages = Environment(loader=PackageLoader("lora_grpo", "metrics"), autoescape=True, undefined=StrictUndefined)
     pages.filters |= {"number": number, "counted": counted, "text": as_text}
@@ -67,8 +66,8 @@ def render_page(run: Path, lineage: Lineage, *, live: bool = False, refresh_s: f
         proofs=_proofs(info, steps),
         timings=list(_timings(steps)),
         settings=list(settings_of(run, settings)),
-        messages=messages[:MOST_MESSAGES],
-        said=len(messages),
+        messages=_messages(records),
+        most_messages=MOST_MESSAGES,
     )
 
 
@@ -162,8 +161,7 @@ def _answers(run: Path) -> dict[str, Any] | None:
 
 
 def tree(lineage: Lineage) -> dict[str, Any]:
-    """The versions as SVG paths made of numbers alone, from left to right. Lane 0 leads to `HEAD`; each branch that was
-    given up has one below. The size grows with the branches, not with the versions."""
+    """SVG paths from left to right: lane 0 leads to `HEAD`, each branch that was given up has one below."""
     lane_of, branches = _lanes(lineage)
     scale = WIDTH / max(1, max(lineage.parents, default=1) - 1)
 

@@ -111,7 +111,6 @@ def phase_seconds(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """The last values as bars between their own lowest and highest."""
     shown = values[-32:]
     low, high = min(shown), max(shown)
     if high == low:
@@ -122,13 +121,10 @@ def sparkline(values: Sequence[float]) -> str:
 def duration(seconds: float) -> str:
     """`seconds` as 8s, 1m20s, 2h05m or 3d04h."""
     whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+    for size, unit, part, of in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size // part:02d}{of}"
+    return f"{whole}s"
 
 
 def number(value: Any) -> str:

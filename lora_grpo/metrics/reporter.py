@@ -20,34 +20,32 @@ from lora_grpo.sections import nearest_key
 SAMPLES_FILE = "samples.jsonl"
 
 
-class Reporter(AbstractContextManager["Reporter"]):
-    """Joins `RUN/metrics.jsonl`, `RUN/samples.jsonl`, the terminal and accelerate's trackers.
-
-    From construction to `close` the libraries' loggers and warnings go to `RUN/engine.log`, unless the caller sees to
-    that himself (`quiet=False`). Build it on the main process only. Use it in a `with` block, or close it: an open
-    live view owns the terminal, as a duplicate of stderr, which capturing stderr spares."""
+class Reporter(ExitStack):
+    """Until it is closed the libraries' loggers and warnings go to `RUN/engine.log`, unless the caller sees to that
+    himself (`quiet=False`). Build it on the main process only, in a `with` block, or close it: an open live view owns
+    the terminal, as a duplicate of stderr, which capturing stderr spares."""
 
     def __init__(
         self, run_dir: Path, total_steps: int, *, view: bool = True, trackers: Sequence[str] = (), quiet: bool = True
     ) -> None:
+        super().__init__()
         self.run_dir, self.seconds = run_dir, dict[str, float]()
         check_trackers(trackers)
         check_folder(self.run_dir)
-        self._open = ExitStack()
         if not self.run_dir.exists():
-            self._open.callback(self._leave_nothing)
+            self.callback(self._leave_nothing)
         self._log, self._samples = RunLog(self.run_dir / METRICS_FILE), RunLog(self.run_dir / SAMPLES_FILE)
         for log in (self._log, self._samples):
-            self._open.callback(log.close)
+            self.callback(log.close)
         self._state = ViewState(self.run_dir, total_steps)
-        stream = self._open.enter_context(own_stderr())
+        stream = self.enter_context(own_stderr())
         terminal = view and stream.isatty()
         self._console = Console(file=stream, width=None if terminal else 120, quiet=not view)
         self._live = Live(get_renderable=lambda: panel(self._state), console=self._console) if terminal else None
         self._tracker_names = trackers
         self._trackers: list[Any] = []
         if quiet:
-            self._open.enter_context(quiet_libraries(self.run_dir / ENGINE_LOG, self.message))
+            self.enter_context(quiet_libraries(self.run_dir / ENGINE_LOG, self.message))
 
     def start(self, info: Mapping[str, Any], step: int = 0) -> None:
         """The run begins, or goes on after `step`. `info` is what it runs with; `info["model"]` is shown."""
@@ -56,7 +54,7 @@ class Reporter(AbstractContextManager["Reporter"]):
             self._start_trackers(info)
         self._state.step, self._state.title = step, str(info.get("model", ""))
         if self._live:
-            self._open.enter_context(self._live)
+            self.enter_context(self._live)
         else:
             self._say(plain_start(self._state))
 
@@ -102,13 +100,6 @@ class Reporter(AbstractContextManager["Reporter"]):
     def end(self, result: Mapping[str, Any]) -> None:
         self._log.append("end", info=result)
 
-    def close(self) -> None:
-        """Gives the terminal back and closes every file; a run directory that is new and has got nothing is removed."""
-        self._open.close()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _say(self, line: str) -> None:
         # Plain text of any length stays one line: no markup, no wrapping.
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -130,7 +121,7 @@ class Reporter(AbstractContextManager["Reporter"]):
             tracker = kind(name if where else self.run_dir.name, **where)
             tracker.start()
             self._trackers.append(tracker)
-            self._open.callback(tracker.finish)
+            self.callback(tracker.finish)
             tracker.store_init_configuration(settings)
 
     def _track(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -147,8 +138,7 @@ def check_folder(run_dir: Path) -> None:
     try:
         tempfile.TemporaryDirectory(dir=there).cleanup()
     except OSError as error:
-        why = f"{there} is not writable ({error.strerror})"
-        raise ConfigError(f"the run directory {run_dir} cannot be created: {why}; choose another directory") from error
+        raise ConfigError(f"{run_dir}: {there} is not writable ({error.strerror}); choose another directory") from error
     for path in (run_dir / name for name in (METRICS_FILE, SAMPLES_FILE, ENGINE_LOG, PLOT_FILE)):
         if os.path.lexists(path) and not path.is_file():
             raise ConfigError(f"{path} should be a regular file but is not; remove it")

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from lora_grpo.adapters.files import disk
-from lora_grpo.adapters.files.disk import digest_buffers
 from lora_grpo.adapters.peft_form.export import RECIPE_FILE, TOKENIZER, Recipe, Weights, adapter_tensors
 from lora_grpo.adapters.peft_form.files import PREFIX
 from lora_grpo.adapters.store import AdapterStore
@@ -135,13 +134,12 @@ def _weights_only(store: AdapterStore, origin: AdapterVersion, source: Path, see
 
 
 def _fill(staged: Path, store: AdapterStore, made: Fork, state: TrainerState, *, begins: bool) -> None:
-    """With the first version, under the number that it had, and with what a resume reads beside it. A run that `begins`
-    has no history, and its own start is the KL's reference."""
+    """With what a resume reads. A run that `begins` has no history, and its own start is the KL's reference."""
     source, origin = made.source, made.origin
     staged.mkdir()
     with store.reading(origin) as folder:
         files = {name: [(folder / name).read_bytes()] for name in PEFT_FILES}
-    if digest_buffers(files) != origin.digest:
+    if disk.digest_buffers(files) != origin.digest:
         raise StoreCorrupt(f"{folder} does not hold what was published as {origin}; see lora-grpo verify")
     # Numbering goes on above what a run directory says was given out.
     (staged / "NUMBERS").write_text(f"{origin.number - 1}\n")

@@ -19,11 +19,9 @@ from lora_grpo.worker import Job, Worker
 
 @dataclass
 class Flight:
-    """A rollout in the hands of the two workers; `rewards` is there when `groups` is done."""
-
     rollout: Rollout
     groups: Job[None] = field(init=False)
-    rewards: Job[Rewarded] | None = None
+    rewards: Job[Rewarded] | None = None  # there when `groups` is done
     leased: bool = False
 
 

@@ -35,8 +35,7 @@ Notes = dict[str, str]
 
 
 def propose(model: str, data: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, str]:
-    """The settings and their TOML text; `overrides` go before what would be proposed. Raises `ConfigError` where no
-    column can be the prompt, or no reward can be told from the columns."""
+    """The settings and their TOML text. Raises `ConfigError` where the columns tell no prompt or no reward."""
     values: dict[str, Any] = {"output_dir": f"runs/{Path(data).stem}", "model": {"name": model}, "lora": {}}
     values |= {"data": {"train": data}, "rewards": [{}], "engine": {}, "grpo": {}}
     for override in overrides:
@@ -112,8 +111,7 @@ def _choose_lengths(values: dict[str, Any], tokenizer: Any, columns: Mapping[str
     settings = RunConfig(**values)
     train, _ = load_data(settings.data)
     free = GRPOConfig(chat_template_kwargs=settings.grpo.chat_template_kwargs)
-    exact = [load_reward(RewardConfig(name="exact"))]
-    spec = MemberSpec(settings.output_dir, exact, free, train, peft_config=None)
+    spec = MemberSpec(settings.output_dir, load_reward(RewardConfig(name="exact")), free, train, peft_config=None)
     longest = Preflight(settings.model, spec).wanted.prompt_tokens
     config = checkpoint_config(settings.model.name, **settings.model.loading).get_text_config()
     context = getattr(config, "max_position_embeddings", None)
@@ -149,7 +147,6 @@ def _choose_sizes(values: dict[str, Any], rows: int, notes: Notes) -> None:
 
 
 def memory_lines(findings: Sequence[Finding]) -> list[str]:
-    """Comments on what `check` found of memory, and on all that would end the run."""
     shown = [one for one in findings if one.what.startswith("memory") or not one.ok]
     lines = [f"# {'' if one.ok else 'NOT YET: '}{one.what}: {one.found}" for one in shown]
     return ["# Computed from the model's configuration alone, on this machine:", *lines]

@@ -88,8 +88,7 @@ def evaluate_run(run_dir: str | Path, versions: Sequence[Target] | None = None) 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One completion: its reward (None without reward functions), its tokens, and the sum of its tokens' log-probs
-    under both versions, nats at temperature 1."""
+    """`reward` is None without reward functions; `logp_*` are sums over the tokens, nats at temperature 1."""
 
     prompt: Prompt
     version: int | None
@@ -249,9 +248,14 @@ class Conversation:
 
 @contextmanager
 def conversing(run: Path, first: Target, temperature: float | None = None) -> Iterator[Conversation]:
-    """A conversation with a stopped or a live run, in an engine of its own; `first` is loaded and proven. It samples as
-    the run does, or at `temperature`. Raises `UnknownVersion`, or what the engine or a proof meets."""
-    config = _settings(run)
+    """With a stopped or a live run, in an engine of its own; `first` is loaded and proven. Raises `UnknownVersion`."""
+    if (run / RESOLVED_FILE).is_file():
+        config = load_config(run)
+    else:  # made by a program: its base and ranks, and defaults
+        adapter = Recipe.read(run).config
+        config = config_of_model(adapter["base_model_name_or_path"])
+        lora = LoraSettings(r=adapter["r"], rank_pattern=adapter.get("rank_pattern") or {})
+        config = config.replace(lora=lora, model=config.model.replace(revision=adapter.get("revision")))
     sampling = _sampling(config, temperature)  # refused before an engine starts
     with replaying(run, config, [first]) as (engine, [version], borrow):
         conversation = Conversation(engine, borrow, config, sampling)
@@ -262,13 +266,3 @@ def conversing(run: Path, first: Target, temperature: float | None = None) -> It
 def _sampling(config: RunConfig, temperature: float | None) -> Sampling:
     temperature = config.grpo.temperature if temperature is None else temperature
     return Sampling(max_tokens=config.grpo.max_completion_length, temperature=temperature)
-
-
-def _settings(run: Path) -> RunConfig:
-    """What the run was made with; of one that a program made, its base and ranks, and defaults."""
-    if (run / RESOLVED_FILE).is_file():
-        return load_config(run)
-    adapter = Recipe.read(run).config
-    config = config_of_model(adapter["base_model_name_or_path"])
-    lora = LoraSettings(r=adapter["r"], rank_pattern=adapter.get("rank_pattern") or {})
-    return config.replace(lora=lora, model=config.model.replace(revision=adapter.get("revision")))

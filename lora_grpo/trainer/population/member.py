@@ -69,7 +69,6 @@ class Member:
             set_generator_states(outside)
 
     def start(self, model: ModelConfig, shared: Shared, *, resume: bool) -> None:
-        """Build its trainer on what is shared, take up what its run directory holds, and publish its first version."""
         with self._own_random_state(), quiet_libraries(self.run_dir / ENGINE_LOG):
             self.trainer = begin_run(model, self.spec, resume=resume, view=False, shared=shared)
             self.trainer.at_work = self._own_random_state
@@ -103,7 +102,6 @@ class Member:
             error.add_note(f"closing {self.run_dir} failed too: {type(later).__name__}: {later}")
 
     def stop(self, why: str) -> None:
-        """End it where it stands, between two steps; its run can be resumed."""
         if self.state == "running":
             self.reporter.message(f"stopped: {why}")
         self.state, self.why = "stopped", why

@@ -152,14 +152,12 @@ class Population(AbstractContextManager["Population"]):
 
     def _admit(self, spec: MemberSpec) -> Wanted:
         """Have a new member wait, checked as far as its own settings go; what it needs."""
-        for member in self.members:
-            if spec.name == member.name or Path(spec.run_dir).resolve() == member.run_dir.resolve():
-                told = f"member {spec.name} in {spec.run_dir}: {member.run_dir} is already a member"
-                raise ConfigError(f"{told}; give each member a directory of its own, with a name of its own")
+        own = Path(spec.run_dir).resolve()
+        if there := [one.run_dir for one in self.members if spec.name == one.name or own == one.run_dir.resolve()]:
+            raise ConfigError(f"{spec.run_dir}: {there[0]} is already a member; give each a directory of another name")
         try:
-            if spec.config.max_staleness:
-                told = f"max_staleness={spec.config.max_staleness} samples ahead"
-                raise ConfigError(f"{told}, but a population samples for all members at once; set max_staleness=0")
+            if ahead := spec.config.max_staleness:
+                raise ConfigError(f"max_staleness={ahead}: a population samples for all members at once; set it to 0")
             before = Preflight(self._model, spec, engine_config=self._engine_config)
             before.check()
         except ConfigError as error:
@@ -174,9 +172,7 @@ class Population(AbstractContextManager["Population"]):
             if engine is None:
                 engine = room.start(self._model, sharing)
                 self._closing.callback(engine.close)
-            base = shared_base(sharing, self._model, engine, reporter.message)
-            if base is None:
-                base = load_base(self._model)
+            base = shared_base(sharing, self._model, engine, reporter.message) or load_base(self._model)
             check_same_device(base, engine)
         return Shared(engine, base, room.checkpointing)
 
@@ -187,8 +183,7 @@ class Population(AbstractContextManager["Population"]):
                     do(member)
 
     def _sample(self, members: Sequence[Member]) -> None:
-        """All without a `rollout_func` together; where that fails, each by itself, so that it ends those alone whose
-        rows it was."""
+        """All without a `rollout_func` together; if that fails, each by itself: it ends those alone whose rows fail."""
         joint = [member for member in members if member.spec.rollout_func is None]
         together = len(joint) > 1
         if together:
@@ -219,8 +214,7 @@ class Population(AbstractContextManager["Population"]):
 
 
 def sample_together(engine: Engine, waiting: Sequence[tuple[Run, Rollout]]) -> None:
-    """Complete the prompts of each rollout as its trainer alone would have: same seeds, same settings, same version.
-    Raises what the engine raises, for whichever row; what came is for each trainer to check."""
+    """As each trainer alone would have: same seeds, settings and version. What came is for each trainer to check."""
     prompts: list[Prompt] = []
     sampling: list[Sampling] = []
     for run, rollout in waiting:
@@ -240,8 +234,7 @@ def sample_together(engine: Engine, waiting: Sequence[tuple[Run, Rollout]]) -> N
 
 
 def hold(engine: Engine, runs: Sequence[Run]) -> None:
-    """Have those versions served again whose place the loads of others took. Raises `EngineError` where there are too
-    few places."""
+    """Have versions served again whose place others took. Raises `EngineError` where there are too few places."""
     for _ in range(len(runs) + 1):
         loaded = engine.loaded()
         missing = [run for run in runs if run.version not in loaded]

@@ -218,8 +218,7 @@ class SweepPlan(Section):
 
 
 def score(history: Sequence[Record], step: int) -> float | None:
-    """The mean training reward of the last `WINDOW` steps up to `step`; None for a member that is not there yet, and
-    minus infinity for one whose reward is not finite."""
+    """Mean reward of the last `WINDOW` steps up to `step`: None before it is there, -infinity if it is not finite."""
     if not history or history[-1]["step"] < step:
         return None
     rewards = [float(metrics["reward"]) for metrics in history if metrics["step"] <= step][-WINDOW:]

@@ -29,10 +29,8 @@ LOSE_OR_WIN = 0.25  # the share of the members that lose at a take-over, and of 
 
 
 class Sweep:
-    """Runs what a plan says, in its directory, and goes on where it was stopped.
-
-    `SWEEP/sweep.jsonl` has where each round began, what was decided (rung, take-over) and how each member ended;
-    `SWEEP/summary.json`, `curves.png` and `best-adapter/` come last. Each member's folder is a run like any other."""
+    """Runs what a plan says, in its directory, and goes on where it was stopped, as `SWEEP/sweep.jsonl` tells: where
+    each round began, what was decided (rung, take-over) and how each member ended."""
 
     def __init__(self, plan: SweepPlan, *, engine: Engine | None = None, resume: bool = False) -> None:
         """Raises `ConfigError` for a directory that holds something else. An `engine` that is given stays open."""
@@ -106,7 +104,6 @@ class Sweep:
         return self._ended.get(name, {}).get("state") == "failed"
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a trial: state, step, reward (mean of the last steps), held-out reward, and the swept settings."""
         return [self._row(trial) for trial in self.plan.trials]
 
     def _run_population(self, specs: Sequence[MemberSpec], show: Callable[[list[dict[str, Any]]], None]) -> None:
@@ -157,8 +154,7 @@ class Sweep:
                     population.stop(member, f"rung at step {rung}: reward {value:.3f} is not among {kept}")
 
     def _evolve(self, population: Population) -> None:
-        """The worst, and those that failed, go on from the best. `evolved` is written last. Without it all is decided
-        again, to the same end, and what was done before is kept."""
+        """`evolved` is written last: without it all is decided again, to the same end, and what was done is kept."""
         running = {member.name: member for member in population.running}
         step = min(map(_step, running.values()), default=0)
         if self.plan.evolve_every is None or not step or step % self.plan.evolve_every or step in self._evolved:
@@ -202,7 +198,7 @@ class Sweep:
         return self.plan.config(trial) if member is None or member.spec.settings is None else member.spec.settings
 
     def _known(self, name: str) -> tuple[Sequence[Record], Sequence[Record]]:
-        """The metrics of a member's steps and evaluations, those of earlier sessions included."""
+        """A member's steps and evaluations, those of earlier sessions included."""
         member, comparable = self._members.get(name), self.plan.comparable
         if member is not None and member.history:
             self._past.pop(name, None)
@@ -250,8 +246,7 @@ class Sweep:
 
 
 def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Of the members that finished (or else of all that stepped), the one with the best held-out reward; where not all
-    were evaluated, with the best training reward over the last steps."""
+    """Of those that finished, or else stepped: by held-out reward, or where not all have one by the last steps'."""
     stepped = [row for row in rows if row["reward"] is not None]
     finished = [row for row in stepped if row["state"] == "finished"] or stepped
     measured = "held_out" if all(row["held_out"] is not None for row in finished) else "reward"
