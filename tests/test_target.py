@@ -163,7 +163,7 @@ def test_replays_of_a_run_take_every_way_to_name_a_version(
     monkeypatch.setattr(replay, "build_engine", lambda *_, **__: fake_engine(llama_dir))
     rows_of = replay.evaluate_run(run, versions=["best", "v1", "head", 1])
     assert [row["version"] for row in rows_of] == [2, 1, 3]
-    found = replay.compare_run(run, "parent", "best:-eval/reward", rows)
+    found = replay.compare_run(run, "parent", "best:-eval/reward", rows, samples=1, temperature=None, seed=0)
     assert (found.first, found.second) == (2, 1)
     with pytest.raises(ConfigError, match="'bestest' names no version"):
         replay.evaluate_run(run, versions=["bestest"])

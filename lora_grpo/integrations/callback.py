@@ -59,14 +59,13 @@ class PublishAdapter(TrainerCallback):
         recorded with the version they measured, so "best:-eval_loss" is a target."""
         return self._sync.rollback(to)
 
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, lr_scheduler: Any, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **its: Any) -> None:
         """Check that the adapter can be served and publish it as it is. Raises `ConfigError`, `UnsupportedAdapter`."""
         if args.world_size > 1 or args.deepspeed or args.fsdp:
             raise ConfigError("one process publishes its own weights; train without torchrun, DeepSpeed and FSDP")
         check_optimizer(args)
-        self.sync = NativeSync(model, self.engine, self.store, optimizer=optimizer, scheduler=lr_scheduler)
+        parts = {"optimizer": its["optimizer"], "scheduler": its["lr_scheduler"]}
+        self.sync = NativeSync(model, self.engine, self.store, **parts)
         self._publish(state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -165,9 +164,7 @@ class NativeRollouts(TrainerCallback):
         while number > version.number and number in parents:
             number = parents[number] or 0
         if number < version.number:
-            told = (
-                f"{found} comes from a rollback after this checkpoint, whose weights training goes on from: {version}"
-            )
+            told = f"{found} comes from a rollback after this checkpoint; training goes on from its weights, {version}"
             again = f"to go back again, call rollback(to={number or found.number}) in a callback"
             warnings.warn(f"{told}; {again}", RuntimeWarning, stacklevel=2)
 

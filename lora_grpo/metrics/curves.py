@@ -13,7 +13,7 @@ from lora_grpo.metrics.render import GAP, PHASES, SIGNAL, number
 
 PLOT_FILE = "plot.png"
 Points: TypeAlias = tuple[Sequence[float], Sequence[float]]  # steps and values
-SMOOTHING = 0.7
+SMOOTHING, SECONDS = 0.7, "Seconds a step"
 MOST_POINTS, MOST_MARKS = 300, 100
 WIDTH, HEIGHT = 600, 160  # of a panel on the page
 
@@ -69,19 +69,18 @@ def panels(records: Sequence[Record], given_up: Sequence[Record] = ()) -> list[P
     evaluations = [record for record in records if record["event"] == "evaluation"]
     at, rewards = series(steps, "reward")
     shown = {"each step": (at, rewards), "smoothed": (at, smoothed(rewards))}
-    seconds = {phase: series(steps, f"time/{phase}_s") for phase in PHASES}
     titled = {
         "Reward of the sampled completions": {**shown, "given up": series(given_up, "reward")},
         "Held-out reward": {"reward": series(evaluations, "reward")},
         "Log-prob gap, trainer to sampler, nats a token": {"gap": series(steps, GAP)},
         "Share of groups whose rewards differ": {"signal": series(steps, SIGNAL)},
         "Length of completions, tokens": {"mean": series(steps, "completions/mean_length")},
-        "Seconds a step": seconds,
+        SECONDS: {phase: series(steps, f"time/{phase}_s") for phase in PHASES},
     }
     marks = [(r["step"], "canary failed") for r in steps if r.get("canary/verdict") == "failed"]
     marks += [(r["step"], str(r["text"])) for r in records if r["event"] == "rollback"]
     found = [
-        Panel(title, {name: line for name, line in lines.items() if line[0]}, sorted(marks), crop=lines is seconds)
+        Panel(title, {name: line for name, line in lines.items() if line[0]}, sorted(marks), crop=title == SECONDS)
         for title, lines in titled.items()
     ]
     return [panel for panel in found if panel.lines]

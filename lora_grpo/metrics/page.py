@@ -49,11 +49,9 @@ def render_page(run: Path, lineage: Lineage, *, live: bool = False, refresh_s: f
     pages = Environment(loader=PackageLoader("lora_grpo", "metrics"), autoescape=True, undefined=StrictUndefined)
     pages.filters |= {"number": number, "counted": counted, "text": as_text}
     pages.filters["clock"] = lambda s: time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(s))
+    given = {"run": run, "live": live, "refresh_s": refresh_s, "lineage": lineage, "now": time.time()}
     return pages.get_template("page.html").render(
-        run=run,
-        live=live,
-        refresh_s=refresh_s,
-        now=time.time(),
+        **given,
         facts=_facts(info, steps, given_up, lineage),
         panels=panels(records, given_up),
         thinned=max(len(steps), len(given_up)) > MOST_POINTS,
@@ -61,7 +59,6 @@ def render_page(run: Path, lineage: Lineage, *, live: bool = False, refresh_s: f
         logged_steps=len(logged),
         answers=_answers(run),
         most_rows=MOST_ROWS,
-        lineage=lineage,
         tree=tree(lineage),
         proofs=_proofs(info, steps),
         timings=list(_timings(steps)),
@@ -180,13 +177,8 @@ def tree(lineage: Lineage) -> dict[str, Any]:
             (x, y), (tx, ty) = at(left), at(to)
             arc = f"M{x} {y} Q{(x + tx) / 2:.1f} {max(y, ty) + LANE} {tx} {ty}"
             back.append((arc, f"v{left} back to v{to} {why}".strip()))
-    return {
-        "lanes": max((lane_of[branch[0]] for branch in drawn), default=0),
-        "hidden": len(branches) - len(drawn),
-        "paths": paths,  # with a CSS class each
-        "back": back,  # the path of each rollback, with its words
-        "dots": _dots(lineage, lane_of, at),
-    }
+    size = {"lanes": max((lane_of[branch[0]] for branch in drawn), default=0), "hidden": len(branches) - len(drawn)}
+    return {**size, "paths": paths, "back": back, "dots": _dots(lineage, lane_of, at)}
 
 
 def _lanes(lineage: Lineage) -> tuple[dict[int, int], list[list[int]]]:

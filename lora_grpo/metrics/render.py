@@ -53,15 +53,10 @@ def panel(state: ViewState) -> RenderableType:
     facts = Table.grid(Column(style="dim", no_wrap=True), Column(), padding=(0, 2))
     for name, value in _facts(state):
         facts.add_row(name, value)
-    return Panel(
-        Group(_progress(state), Text(), facts),
-        title=Text.assemble(("lora_grpo ", "bold"), str(state.run_dir)),
-        subtitle=Text(state.title, style="dim") if state.title else None,
-        title_align="left",
-        subtitle_align="right",
-        border_style="blue",
-        padding=(1, 2),
-    )
+    title = Text.assemble(("lora_grpo ", "bold"), str(state.run_dir))
+    subtitle = Text(state.title, style="dim") if state.title else None
+    look: dict[str, Any] = {"title_align": "left", "subtitle_align": "right", "border_style": "blue", "padding": (1, 2)}
+    return Panel(Group(_progress(state), Text(), facts), title=title, subtitle=subtitle, **look)
 
 
 def plain_start(state: ViewState) -> str:
@@ -137,11 +132,9 @@ def _progress(state: ViewState) -> RenderableType:
     elapsed = duration(time.monotonic() - state.started_at)
     eta = duration(state.eta_s) if state.eta_s is not None else "-"
     row = Table.grid(Column(no_wrap=True), Column(ratio=1), Column(no_wrap=True), padding=(0, 2), expand=True)
-    row.add_row(
-        Text.assemble("step ", (f"{state.step}", "bold"), f"/{state.total_steps}"),
-        ProgressBar(total=state.total_steps, completed=state.step),
-        Text.assemble((f"{elapsed} elapsed, ", "dim"), f"{eta} left"),
-    )
+    step = Text.assemble("step ", (f"{state.step}", "bold"), f"/{state.total_steps}")
+    times = Text.assemble((f"{elapsed} elapsed, ", "dim"), f"{eta} left")
+    row.add_row(step, ProgressBar(total=state.total_steps, completed=state.step), times)
     return row
 
 

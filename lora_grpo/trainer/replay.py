@@ -30,19 +30,16 @@ from lora_grpo.trainer.rollouts import evaluate, saved_evaluations
 from lora_grpo.types import Chat, Group, Message, Prompt, Sampling
 
 Borrow: TypeAlias = Callable[[Target], AdapterVersion]
+Replay: TypeAlias = tuple[Engine, list[AdapterVersion], Borrow]
 PIECE_TOKENS = 8  # an answer is made and shown so many at a time; prefix caching keeps what was computed before
 
 
 @contextmanager
-def replaying(
-    run: Path, config: RunConfig, targets: Sequence[Target]
-) -> Iterator[tuple[Engine, list[AdapterVersion], Borrow]]:
+def replaying(run: Path, config: RunConfig, targets: Sequence[Target]) -> Iterator[Replay]:
     """An engine for a stored run, the versions that `targets` name, and what others come by. They are copies in a
     folder of their own on tmpfs, so that it does not matter what becomes of the run's."""
-    with (
-        AdapterStore(archive=run, readonly=True) as store,
-        tempfile.TemporaryDirectory(prefix="lora-grpo-replay-", dir=disk.tmpfs_home()) as place,
-    ):
+    around = tempfile.TemporaryDirectory(prefix="lora-grpo-replay-", dir=disk.tmpfs_home())
+    with around as place, AdapterStore(archive=run, readonly=True) as store:
 
         def borrow(target: Target) -> AdapterVersion:
             version = store.get(target)
@@ -63,10 +60,9 @@ def replaying(
             yield engine, versions, borrow
 
 
-def evaluate_run(run_dir: str | Path, versions: Sequence[Target] | None = None) -> list[dict[str, Any]]:
+def evaluate_run(run: Path, versions: Sequence[Target] | None = None) -> list[dict[str, Any]]:
     """Held-out metrics of stored versions, sampled again from their bytes; one row a version. Default: the first and
     the last that the run evaluated. `recorded` is what the run itself measured, if it did."""
-    run = Path(run_dir)
     config, saved = load_config(run), saved_evaluations(run)
     _, held_out = load_data(config.data)
     if held_out is None:
@@ -126,19 +122,11 @@ class Comparison:
 
 
 def compare_run(
-    run_dir: str | Path,
-    first: Target,
-    second: Target,
-    prompts: str | Path,
-    *,
-    samples: int = 1,
-    temperature: float | None = None,
-    seed: int = 0,
+    run: Path, first: Target, second: Target, prompts: Path, *, samples: int, temperature: float | None, seed: int
 ) -> Comparison:
     """Sample `samples` answers a prompt from two versions of a stored run, stopped or live, and score all under both.
     The engine is its own, and has two slots, so that both versions' rows share its batches; each is proven first.
     `prompts` is a file. Where it lacks the columns that the run's reward functions need, `reward` is None."""
-    run = Path(run_dir)
     config = load_config(run)
     with AdapterStore(archive=run, readonly=True) as store:
         pair = [store.get(first), store.get(second)]
