@@ -43,10 +43,9 @@ _INSTEAD = {
     "model_init_kwargs": "pass the model as ModelConfig(name, dtype=, revision=, trust_remote_code=)",
     "generation_kwargs repetition_penalty vllm_structured_outputs_regex": "only temperature can be set; leave it out",
     "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps": "the KL's reference stays the start's; leave it out",
-    "top_entropy_quantile off_policy_mask_threshold "
-    "multi_objective_aggregation sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg "
-    "vespo_lambda_neg entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta "
-    "entropy_target router_aux_loss_coef": (
+    "top_entropy_quantile off_policy_mask_threshold multi_objective_aggregation sapo_temperature_neg "
+    "sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg entropy_coef use_adaptive_entropy "
+    "entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target router_aux_loss_coef": (
         "it is TRL's own; train with NativeGRPOTrainer (lora_grpo.integrations.trl), which has it"
     ),
     "deepspeed fsdp fsdp_config": "launch with accelerate (DDP or FSDP2); leave it out",

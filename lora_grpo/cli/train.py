@@ -128,7 +128,7 @@ _SWEPT = "grpo.learning_rate=1e-5,3e-5 grpo.seed=0,1; with --sample also log:1e-
 def sweep(
     config: Annotated[Path, Argument(metavar="CONFIG|SWEEP", help="A TOML file; with --resume a sweep's directory.")],
     settings: Annotated[list[str] | None, Argument(metavar="[KEY=VALUE,VALUE]...", help=_SWEPT)] = None,
-    sample: Annotated[int | None, Option(help="Draw this many members at random; no grid.")] = None,
+    sample: Annotated[int | None, Option(min=1, help="Draw this many members at random; no grid.")] = None,
     at_once: Annotated[int | None, Option(min=1, help="Most members at once; default: all that fit.")] = None,
     rungs: Annotated[str | None, Option(help="Stop the worst at these steps (halving): 5,10,20.")] = None,
     keep: Annotated[float, Option(help="Share of the members that goes on at each rung.")] = 0.5,

@@ -199,8 +199,7 @@ class NativeRollouts(TrainerCallback):
     def generate(self, prompts: Sequence[Sequence[int]], step: int, *, training: bool = True) -> list[Completion]:
         """One completion a prompt, all by `HEAD`; a prompt near the model's limit gets the tokens that are left.
 
-        Seeds derive from the run's, the step and the call within it, so that a resumed run samples alike: the calls of
-        an evaluation, which it does not make again, count apart."""
+        A resumed run samples alike, so the calls of an evaluation, which it does not make again, count apart."""
         self._current = version = self.sync.head
         *moment, call = self._calls
         self._calls = (step, training, call + 1 if moment == [step, training] else 0)

@@ -47,9 +47,8 @@ def check_release() -> None:
     try:
         require_version(REQUIREMENT)
     except ImportError as error:
-        said = f"no other TRL than {REQUIREMENT} was run with or read against ({error})"
         instead = "install lora-grpo[trl], or train with lora_grpo.GRPOTrainer, which needs no TRL"
-        raise UnsupportedVersion(f"{said}: {instead}") from error
+        raise UnsupportedVersion(f"{REQUIREMENT} is needed ({error}): {instead}") from error
 
 
 check_release()

@@ -56,10 +56,12 @@ class Panel:
     def paths(self) -> list[tuple[str, str, str]]:
         """Of each line its name with its last value, its SVG path, and its CSS class."""
         drawn = []
-        for index, (name, points) in enumerate(self.lines.items()):
-            thin = zip(*_thinned(*points), strict=True)
-            path = "M" + " L".join(f"{self.x(step)} {self.y(value)}" for step, value in thin) + " h0"
-            drawn.append((f"{name} {number(points[1][-1])}", path, "lost" if name == "given up" else f"c{index % 4}"))
+        for index, (name, (steps, values)) in enumerate(self.lines.items()):
+            each = -(-len(steps) // MOST_POINTS)  # a point is the mean of so many neighbours
+            starts = range(0, len(steps), each)
+            x, y = ([statistics.fmean(axis[start : start + each]) for start in starts] for axis in (steps, values))
+            path = "M" + " L".join(f"{self.x(step)} {self.y(value)}" for step, value in zip(x, y, strict=True)) + " h0"
+            drawn.append((f"{name} {number(values[-1])}", path, "lost" if name == "given up" else f"c{index % 4}"))
         return drawn
 
 
@@ -99,12 +101,6 @@ def smoothed(values: Sequence[float]) -> list[float]:
         total = SMOOTHING * total + (1 - SMOOTHING) * value
         smooth.append(total / (1 - SMOOTHING**count))
     return smooth
-
-
-def _thinned(steps: Sequence[float], values: Sequence[float]) -> Points:
-    each = -(-len(steps) // MOST_POINTS)
-    starts = range(0, len(steps), each)
-    return [[statistics.fmean(axis[start : start + each]) for start in starts] for axis in (steps, values)]  # type: ignore[return-value]
 
 
 def plot_curves(runs: Mapping[str, Sequence[Record]], path: Path, best: str) -> None:

@@ -77,11 +77,11 @@ def as_text(value: Any) -> str:
     return f"{whole[:MOST_CHARACTERS]}… ({left:,} characters more)" if left > 0 else whole
 
 
-def _facts(info: Record, steps: Sequence[Record], given_up: Sequence[Record], lineage: Lineage) -> dict[str, str]:
+def _facts(info: Record, steps: Sequence[Record], given_up: Sequence[Record], lineage: Lineage) -> dict[str, Any]:
     spent = sum(record.get("step_time") or 0.0 for record in [*steps, *given_up])
     before, after = info.get("reward_before"), info.get("reward_after")
     lost = f"{counted(len(given_up), 'step')} that a rollback or a resume went back before"
-    facts = {
+    return {
         "model": info.get("model"),
         "device": info.get("device"),
         "steps": f"{steps[-1]['step']}, {duration(spent)}" if steps else None,
@@ -92,7 +92,6 @@ def _facts(info: Record, steps: Sequence[Record], given_up: Sequence[Record], li
         "versions": f"{len(lineage.parents):,} published",
         "rollbacks": str(len(lineage.rollbacks)),
     }
-    return {name: str(value) for name, value in facts.items() if value is not None}
 
 
 def _messages(records: Sequence[Record]) -> list[Record]:
@@ -104,14 +103,14 @@ def _messages(records: Sequence[Record]) -> list[Record]:
     return list(said.values())
 
 
-def _proofs(info: Mapping[str, Any], steps: Sequence[Record]) -> dict[str, str]:
+def _proofs(info: Mapping[str, Any], steps: Sequence[Record]) -> dict[str, Any]:
     """What showed that the engine sampled from the very weights that the trainer has."""
     proven = series(steps, "sync/prove_s")[1]
     verdicts = Counter(str(record["canary/verdict"]) for record in steps if record.get("canary/verdict"))
     failed = [f"step {record['step']}" for record in steps if record.get("canary/verdict") == "failed"]
     gaps = series(steps, GAP)[1]
     probe = info.get("probe")
-    proofs = {
+    return {
         "base": info.get("base_match"),
         "probe": isinstance(probe, Mapping) and ", ".join(f"{name} {number(value)}" for name, value in probe.items()),
         "loads": proven and f"{len(proven)} proven, {1000 * statistics.median(proven):.2g} ms each (median)",
@@ -119,7 +118,6 @@ def _proofs(info: Mapping[str, Any], steps: Sequence[Record]) -> dict[str, str]:
         "canary failed at": ", ".join(failed[:MOST_ROWS]),
         "log-prob gap": gaps and f"{statistics.median(gaps):.2g} nats per token (median), {max(gaps):.2g} at most",
     }
-    return {name: str(value) for name, value in proofs.items() if value}
 
 
 def _timings(steps: Sequence[Record]) -> Iterator[tuple[str, float, float, float]]:

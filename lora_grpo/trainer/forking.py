@@ -26,8 +26,6 @@ from lora_grpo.trainer.build import check_same_adapter
 from lora_grpo.trainer.rollouts import EVALUATIONS
 from lora_grpo.trainer.run import Run
 
-_KEPT = ("step", "evaluation")
-
 
 @dataclass(frozen=True, slots=True)
 class Fork:
@@ -152,7 +150,13 @@ def _fill(staged: Path, store: AdapterStore, made: Fork, state: TrainerState, *,
     if begins:
         keep_reference(staged, {name: tensor for name, tensor in state.tensors.items() if name.startswith("weights/")})
     else:
-        _copy_history(source, staged, origin, state)
+        _copy(source, staged, REFERENCE_FILE, f"{EVALUATIONS}/{disk.folder_name(origin.number)}.json")
+        if of_trainer(state.meta["extra"]):
+            lines = (disk.read_small(source / ROLLBACKS_FILE) or b"").splitlines(keepends=True)
+            (staged / ROLLBACKS_FILE).write_bytes(b"".join(lines[: state.meta["extra"]["rollbacks"]]))
+        if (source / METRICS_FILE).is_file():
+            records = history(_until(origin, read_metrics(source)))
+            _log(staged, [record for record in records if record["event"] in ("step", "evaluation")])
     _log(staged, [{"event": "message", "text": f"forked: {made}"}])
 
 
@@ -167,15 +171,6 @@ def _copy(source: Path, staged: Path, *names: str) -> None:
         elif (source / name).exists():
             (staged / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, staged / name)
-
-
-def _copy_history(source: Path, staged: Path, origin: AdapterVersion, state: TrainerState) -> None:
-    _copy(source, staged, REFERENCE_FILE, f"{EVALUATIONS}/{disk.folder_name(origin.number)}.json")
-    if of_trainer(state.meta["extra"]):
-        lines = (disk.read_small(source / ROLLBACKS_FILE) or b"").splitlines(keepends=True)
-        (staged / ROLLBACKS_FILE).write_bytes(b"".join(lines[: state.meta["extra"]["rollbacks"]]))
-    if (source / METRICS_FILE).is_file():
-        _log(staged, [record for record in history(_until(origin, read_metrics(source))) if record["event"] in _KEPT])
 
 
 def _until(origin: AdapterVersion, records: list[Record]) -> list[Record]:

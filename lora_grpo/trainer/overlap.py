@@ -1,8 +1,7 @@
 """A step's batch, sampled ahead of its turn while earlier steps are trained.
 
-The rollout of step t begins once version t - 1 - max_staleness is promoted, on the newest version there is by
-then, and ends on it; so when its turn comes it lags by `max_staleness` versions at most, and nothing that is sampled
-in the ordinary course is ever thrown away. Timing decides on the versions, so such a run does not repeat bit by bit."""
+The rollout of step t begins once version t - 1 - max_staleness is promoted, on the newest version there is by then; so
+it lags by `max_staleness` at most. Timing decides on the versions, so such a run does not repeat bit by bit."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -55,8 +54,7 @@ class Ahead(Source):
             self._forget()
 
     def take(self, step: int) -> Rollout:
-        """Waits for the generator. A batch that lags by more than `max_staleness` versions is dropped, with what was
-        begun behind it, and sampled again."""
+        """A batch that lags too far behind is dropped, with what was begun behind it, and sampled again."""
         self._let_go(self._taken)
         self._taken = None
         while True:

@@ -97,8 +97,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Means over all answers of each version, and their difference (second - first) with its standard error over
-    prompts, which are paired (None for one prompt)."""
+    """Means over all answers, their difference (second - first), and its standard error over prompts (None for one)."""
 
     first: float
     second: float
@@ -124,9 +123,8 @@ class Comparison:
 def compare_run(
     run: Path, first: Target, second: Target, prompts: Path, *, samples: int, temperature: float | None, seed: int
 ) -> Comparison:
-    """Sample `samples` answers a prompt from two versions of a stored run, stopped or live, and score all under both.
-    The engine is its own, and has two slots, so that both versions' rows share its batches; each is proven first.
-    `prompts` is a file. Where it lacks the columns that the run's reward functions need, `reward` is None."""
+    """Sample `samples` answers a prompt from two versions, stopped or live, and score all under both, in an engine of
+    two slots, whose batches they share. `reward` is None where `prompts` lack columns that reward functions need."""
     config = load_config(run)
     with AdapterStore(archive=run, readonly=True) as store:
         pair = [store.get(first), store.get(second)]

@@ -46,9 +46,8 @@ class Member:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """While inside, this member is at work: its random state is in place, and libraries write to its log. What is
-        done to its trainer from outside the population is done inside (`trainer.rollback` sees to it itself). Raises
-        `RuntimeError` without one."""
+        """While inside, its random state is in place, and libraries write to its log. What is done to its trainer from
+        outside the population is done inside (`trainer.rollback` sees to it itself)."""
         quiet = quiet_libraries(self.runs.run_dir / ENGINE_LOG, self.reporter.message)
         with self._own_random_state(), quiet:
             yield

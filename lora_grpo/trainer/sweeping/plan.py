@@ -51,8 +51,6 @@ def trials_of(swept: Sequence[str], *, sample: int | None = None, seed: int = 0)
         if span := next((key for key in choices if key not in listed), None):
             raise ConfigError(f"{span} has a range, but a grid needs single values; add --sample N to draw from it")
         combinations = list(itertools.product(*listed.values()))
-    elif sample < 1:
-        raise ConfigError(f"--sample {sample} must be at least 1")
     else:
         combinations = _different(choices, min(sample, MAX_TRIALS + 1), random.Random(seed))
     if len(combinations) > MAX_TRIALS:
@@ -165,13 +163,10 @@ class SweepPlan(Section):
             raise ConfigError(f"a rung at step {wrong[0]} must be from 1 to {last}, below grpo.total_steps")
         if self.keep != type(self).model_fields["keep"].default and not self.rungs:
             raise ConfigError(f"--keep {self.keep:g} is the share that goes on at rungs; give --rungs STEPS too")
-        if self.evolve_every is not None:
-            self._check_evolution(configs)
-        elif self.perturb:
+        if self.perturb and self.evolve_every is None:
             raise ConfigError(f"--perturb {' '.join(self.perturb)} is for take-overs; give --evolve-every STEPS too")
-        return self
-
-    def _check_evolution(self, configs: Sequence[RunConfig]) -> None:
+        if self.evolve_every is None:
+            return self
         if len(configs) < 2 or self.rungs:
             raise ConfigError("population-based training needs two members, and no rungs")
         if self.at_once is not None and self.at_once < len(configs):
@@ -182,6 +177,7 @@ class SweepPlan(Section):
             value = setting(configs[0], key)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ConfigError(f"--perturb {key}: it is {value!r}, and only numbers can be perturbed")
+        return self
 
     def config(self, trial: Trial) -> RunConfig:
         """A member's settings: its run's own, once it has begun, for a take-over may have changed them."""

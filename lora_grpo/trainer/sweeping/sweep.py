@@ -61,7 +61,13 @@ class Sweep:
                 self._run_population([self._spec(trial) for trial in waiting], show)
             return self._finish()
         except ConfigError:
-            self._take_back()
+            directory = self.plan.directory
+            # The corrected command may have the directory, unless a member has begun.
+            if not self._resumed and not any((directory / trial.name).exists() for trial in self.plan.trials):
+                for name in (SWEEP_FILE, LOG_FILE):
+                    (directory / name).unlink(missing_ok=True)
+                with suppress(OSError):
+                    directory.rmdir()
             raise
         finally:
             self._log.close()
@@ -71,15 +77,6 @@ class Sweep:
             return member_spec(self.plan.config(trial), resume=True)
         except ConfigError as error:
             raise ConfigError(f"member {trial.name}: {error}") from error
-
-    def _take_back(self) -> None:
-        """What this start wrote, unless a member has begun: the corrected command may have the directory."""
-        directory = self.plan.directory
-        if not self._resumed and not any((directory / trial.name).exists() for trial in self.plan.trials):
-            for name in (SWEEP_FILE, LOG_FILE):
-                (directory / name).unlink(missing_ok=True)
-            with suppress(OSError):
-                directory.rmdir()
 
     def _note(self, event: str, **fields: Any) -> None:
         self._log.append(event, **fields)
@@ -227,12 +224,17 @@ class Sweep:
     def _finish(self) -> dict[str, Any]:
         rows, directory = self.rows(), self.plan.directory
         curves = {row["member"]: self._known(row["member"])[0] for row in rows}
-        best = best_row(rows) or {}
+        stepped = [row for row in rows if row["reward"] is not None]
+        finished = [row for row in stepped if row["state"] == "finished"] or stepped
+        # By held-out reward; where not all have one, by that of the last steps.
+        by = "held_out" if all(row["held_out"] is not None for row in finished) else "reward"
+        best = max(finished, key=lambda row: row[by] if math.isfinite(row[by]) else -math.inf, default={})
         summary = {"best": best.get("member"), "reward": best.get("reward"), "held_out": best.get("held_out")}
         summary |= {"steps": sum(map(len, curves.values())), "members": rows, "adapter": None}
         if best:
-            stepped = {name: steps for name, steps in curves.items() if steps}
-            plot_curves(stepped, directory / CURVES_FILE, best["member"])
+            plot_curves(
+                {name: steps for name, steps in curves.items() if steps}, directory / CURVES_FILE, best["member"]
+            )
             # The rewards of one run's versions cannot be compared where its weights were changed on the way.
             which = "head" if any(key.startswith("rewards.") for key in self.plan.perturb) else "best"
             run, adapter = directory / best["member"], directory / BEST
@@ -243,14 +245,6 @@ class Sweep:
             summary |= {"adapter": str(adapter), "version": version.number, "digest": version.digest}
         disk.replace_file(directory / SUMMARY_FILE, json.dumps(summary, indent=1).encode(), sync=True)
         return summary
-
-
-def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Of those that finished, or else stepped: by held-out reward, or where not all have one by the last steps'."""
-    stepped = [row for row in rows if row["reward"] is not None]
-    finished = [row for row in stepped if row["state"] == "finished"] or stepped
-    measured = "held_out" if all(row["held_out"] is not None for row in finished) else "reward"
-    return max(finished, key=lambda row: row[measured] if math.isfinite(row[measured]) else -math.inf, default=None)
 
 
 def _step(member: Member) -> int:
