@@ -50,8 +50,7 @@ def check_arguments(args: Any, peft_config: Any) -> None:
         raise ConfigError(f"args={args!r} must be a trl.GRPOConfig")
     if args is None or not args.use_vllm or args.vllm_mode != "colocate":
         found = "args=None" if args is None else f"use_vllm={args.use_vllm}, vllm_mode={args.vllm_mode!r}"
-        instead = "set use_vllm=True, vllm_mode='colocate' (for a server: lora_grpo.integrations.callback)"
-        raise ConfigError(f"{found}: a vLLM in this process serves versions; {instead}")
+        raise ConfigError(f"{found}: set use_vllm=True, vllm_mode='colocate' (server: lora_grpo.integrations.callback)")
     given = args.generation_kwargs or {}
     if not isinstance(given, Mapping) or not set(given) <= set(_SAMPLED_WITH):
         raise ConfigError(f"generation_kwargs={given!r}: only {', '.join(_SAMPLED_WITH)} can be given here")
@@ -73,8 +72,7 @@ def check_arguments(args: Any, peft_config: Any) -> None:
 def check_optimizer(args: TrainingArguments) -> None:
     """Raises `ConfigError` for an optimizer that a rollback cannot restore."""
     if any(word in args.optim for word in _OPTIMIZERS_NOT_KEPT):
-        cannot = "its state cannot be kept and brought back as it was; set it to 'adamw_torch' or 'adamw_8bit'"
-        raise ConfigError(f"optim={str(args.optim.value)!r}: {cannot}")
+        raise ConfigError(f"optim={args.optim.value!r}: its state cannot be kept; use 'adamw_torch' or 'adamw_8bit'")
 
 
 def check_reference(model: Any, args: Any) -> None:
@@ -142,8 +140,7 @@ def vllm_args(given: Mapping[str, Any], rank: int, others: Mapping[str, Any]) ->
         "trust_remote_code": (given["trust_remote_code"], f"{config} trust_remote_code"),
     }
     if twice := sorted(said.keys() & others.keys()):
-        _, by = said[twice[0]]
-        raise ConfigError(f"engine_args: {twice[0]} follows from {by} here; set that, and leave it out")
+        raise ConfigError(f"engine_args: {twice[0]} follows from {said[twice[0]][1]} here; set that, and leave it out")
     settled = {name: value for name, (value, _) in said.items()}
     # vLLM's CPU backend compiles for a minute when not eager, and gains little by it.
     on_cpu = next(model.parameters()).device.type == "cpu"

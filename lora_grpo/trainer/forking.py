@@ -93,8 +93,7 @@ def _config(source: Path, target: Path, settings: Sequence[str]) -> RunConfig | 
     if not (source / RESOLVED_FILE).is_file():
         if not settings:
             return None
-        told = f"{source} has no {RESOLVED_FILE}, so {' '.join(settings)} cannot be set here"
-        raise ConfigError(f"{told}; fork it as it is, and give them to the GRPOTrainer that resumes the fork")
+        raise ConfigError(f"{source} has no {RESOLVED_FILE}: give {' '.join(settings)} to the trainer that resumes")
     before = load_config(source)
     config = with_settings(before.replace(store_root=None, output_dir=str(target)), settings, str(source))
     check_same_adapter(before.lora, config.lora, source)

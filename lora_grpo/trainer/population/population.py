@@ -56,16 +56,15 @@ class Population(AbstractContextManager["Population"]):
         """
         if launched() is not None:
             raise ConfigError("a population is one process: start it without accelerate launch or torchrun")
-        if engine_config is not None and engine_config.store_address is not None:
-            told = f"store_address={engine_config.store_address!r} serves the versions of one run"
-            raise ConfigError(f"{told}: leave it out for a population, and use a disk that its servers can read")
+        self._engine_config = config = engine_config or EngineConfig()
+        if config.store_address is not None:
+            raise ConfigError(f"store_address={config.store_address!r} is for one run: leave it out, use a shared disk")
         if not members:
             raise ConfigError("a population needs at least one member")
         if at_once not in (None, "fitting") and (not isinstance(at_once, int) or at_once < 1):
             raise ConfigError(f"at_once={at_once!r} must be a whole number from 1 on, 'fitting', or None (all members)")
         self._model = ModelConfig(name=str(model)) if isinstance(model, str | Path) else model
         self.members: list[Member] = []
-        self._engine_config = config = engine_config or EngineConfig()
         self._resume = False
         wanted = [self._admit(spec) for spec in members]
         planned = partial(plan_room, self._model, wanted, config, share_base_weights, starts=engine is None)

@@ -158,8 +158,7 @@ class Sweep:
             return
         found = {name: score(self._known(name)[0], step) for name in running}
         found |= {name: -math.inf for name in self._ended if self._failed(name)}
-        known = {trial.name: found.get(trial.name) for trial in self.plan.trials}
-        scores = {name: value for name, value in known.items() if value is not None}
+        scores = {one.name: value for one in self.plan.trials if (value := found.get(one.name)) is not None}
         draw = random.Random(f"{self.plan.seed} {step}")
         for loser, winner in takeovers(scores, LOSE_OR_WIN, draw):
             self._take_over(population, loser, running[winner], draw)
