@@ -203,16 +203,16 @@ class NativeRollouts(TrainerCallback):
         self._current = version = self.sync.head
         *moment, call = self._calls
         self._calls = (step, training, call + 1 if moment == [step, training] else 0)
-        limits = [min(self._sampling.max_tokens, max(1, self.engine.max_model_len - len(ids))) for ids in prompts]
-        made: dict[int, Completion] = {}
-        for limit in sorted(set(limits), reverse=True):
-            rows = [row for row, own in enumerate(limits) if own == limit]
-            seed = derive_seed(self._sampling.seed or 0, *self._calls, limit)
-            sampling = replace(self._sampling, max_tokens=limit, seed=seed)
-            groups = self.engine.generate([prompts[row] for row in rows], sampling, adapter=version)
-            self._canary(groups)
-            made |= {row: group.completions[0] for row, group in zip(rows, groups, strict=True)}
-        return [made[row] for row in range(len(prompts))]
+        plain, left = self._sampling, [max(1, self.engine.max_model_len - len(ids)) for ids in prompts]
+        seeded = replace(plain, seed=derive_seed(plain.seed or 0, *self._calls))
+        own = [replace(seeded, max_tokens=min(plain.max_tokens, most), first_prompt=p) for p, most in enumerate(left)]
+        groups = self.engine.generate(prompts, own, adapter=version)
+        due, self._generations = self._generations % CANARY_EVERY == 0, self._generations + 1
+        # Filtered completions come from another distribution than the one that the trainer describes.
+        whole = plain.temperature > 0 and (plain.top_p, plain.top_k, plain.min_p) == (1.0, 0, 0.0)
+        if due and whole and self.sync.probe is not None:
+            self.sync.canary(groups[:CANARY_ROWS], temperature=plain.temperature, batch_rows=self._batch_rows)
+        return [group.completions[0] for group in groups]
 
     def record(self, rewards_BF: Any, names: Sequence[str], weights: Any, *, training: bool) -> dict[str, float]:
         """Keep mean rewards with the version that earned them (`eval/` outside training); returns what to log."""
@@ -232,11 +232,3 @@ class NativeRollouts(TrainerCallback):
         # A version that was rolled back to was not pushed last.
         timings = pushed.metrics if pushed is not None and pushed.version.number == number else {}
         return {"version": float(number), **timings, BACKLOG: float(self.store.archive_backlog_bytes)}
-
-    def _canary(self, groups: Sequence[Any]) -> None:
-        """At its cadence, where sampler and trainer describe one distribution. Raises `DeliveryError`."""
-        due, plain = self._generations % CANARY_EVERY == 0, self._sampling
-        self._generations += 1
-        filtered = (plain.top_p, plain.top_k, plain.min_p) != (1.0, 0, 0.0)
-        if due and plain.temperature > 0 and not filtered and self.sync.probe is not None:
-            self.sync.canary(groups[:CANARY_ROWS], temperature=plain.temperature, batch_rows=self._batch_rows)
