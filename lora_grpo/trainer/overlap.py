@@ -7,8 +7,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.upkeep.rollbacks import ancestors
 from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.engines.wrapped import OwnedEngine
 from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError, RewardError, counted
@@ -150,9 +152,5 @@ class Ahead(Source):
 
 def lag_behind(store: AdapterStore, head: AdapterVersion, version: AdapterVersion, most: int) -> int | None:
     """How many versions were made after `version` on the way to `head`; None for more than `most`, or another way."""
-    number: int | None = head.number
-    for lag in range(most + 1):
-        if number == version.number:
-            return lag
-        number = None if number is None else store.parent_of(number)
-    return None
+    way = islice(ancestors(store, head.number), most + 1)
+    return next((lag for lag, number in enumerate(way) if number == version.number), None)

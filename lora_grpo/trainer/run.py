@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from lora_grpo.adapters.asking.requests import Request, pending
 from lora_grpo.adapters.peft_form.modules import peft_model_of
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.upkeep.rollbacks import Rollback, RollbackLog, of_trainer
+from lora_grpo.adapters.upkeep.rollbacks import Rollback, RollbackLog, ancestors, of_trainer
 from lora_grpo.adapters.version import AdapterVersion, Target
 from lora_grpo.data import PromptSampler
 from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError, TrainingError, UnknownVersion, counted
@@ -262,10 +262,7 @@ def _put_back(run: Run, head: AdapterVersion, *, waiting: bool) -> RollbackRepor
 def _nearest_state(store: AdapterStore, number: int) -> int | None:
     """The version, or the nearest of its ancestors, whose trainer state is kept; those between may be gone."""
     kept = {*store.states} & {*store.numbers}
-    nearest: int | None = number
-    while nearest is not None and nearest not in kept:
-        nearest = store.parent_of(nearest)
-    return nearest
+    return next((one for one in ancestors(store, number) if one in kept), None)
 
 
 def _metrics_of(record: Record) -> dict[str, Any]:

@@ -107,13 +107,19 @@ def of_trainer(extra: Any) -> dict[str, Any] | None:
     return extra if isinstance(extra, dict) and {"sampler", "rollbacks"} <= extra.keys() else None
 
 
-def state_extra(store: AdapterStore, number: int) -> dict[str, Any] | None:
-    """What `GRPOTrainer` wrote beside the state of version `number`, or else of its nearest ancestor that has one."""
+def ancestors(store: AdapterStore, number: int) -> Iterator[int]:
+    """The version and those that it comes from, kept or not, the nearest first."""
     following: int | None = number
     while following is not None:
-        if (files := store.load_state(following)) is not None:
-            return of_trainer(disk.parse_json(disk.read_small(files[STATE_FILE]) or b"{}").get("extra"))
+        yield following
         following = store.parent_of(following)
+
+
+def state_extra(store: AdapterStore, number: int) -> dict[str, Any] | None:
+    """What `GRPOTrainer` wrote beside the state of version `number`, or else of its nearest ancestor that has one."""
+    for one in ancestors(store, number):
+        if (files := store.load_state(one)) is not None:
+            return of_trainer(disk.parse_json(disk.read_small(files[STATE_FILE]) or b"{}").get("extra"))
     return None
 
 
