@@ -112,7 +112,8 @@ def check_types(given: Mapping[str, Any]) -> None:
 def sampling_of(given: Mapping[str, Any], seed: int, end_tokens: Sequence[int]) -> Sampling:
     """But for the call's seed. `given` is what TRL gives its own vLLM; at `end_tokens` it takes a completion to end."""
     fields = {"max_tokens": given["max_completion_length"], "min_p": given["min_p"] or 0.0, "seed": seed}
-    fields |= {name: given[name] for name in ("temperature", "top_p", "top_k")} | (given["generation_kwargs"] or {})
+    fields |= {name: given[name] for name in ("temperature", "top_p", "top_k")}
+    fields |= given["generation_kwargs"] or {}
     # Of stops vLLM takes one string alone, a list, or None.
     for name in fields.keys() & {"stop", "stop_token_ids"}:
         value = fields[name]

@@ -222,7 +222,7 @@ class Sweep:
 
     def _finish(self) -> dict[str, Any]:
         rows, directory = self.rows(), self.plan.directory
-        curves = {row["member"]: self._known(row["member"])[0] for row in rows}
+        curves = {row["member"]: steps for row in rows if (steps := self._known(row["member"])[0])}
         stepped = [row for row in rows if row["reward"] is not None]
         finished = [row for row in stepped if row["state"] == "finished"] or stepped
         # By held-out reward; where not all have one, by that of the last steps.
@@ -231,9 +231,7 @@ class Sweep:
         summary = {"best": best.get("member"), "reward": best.get("reward"), "held_out": best.get("held_out")}
         summary |= {"steps": sum(map(len, curves.values())), "members": rows, "adapter": None}
         if best:
-            plot_curves(
-                {name: steps for name, steps in curves.items() if steps}, directory / CURVES_FILE, best["member"]
-            )
+            plot_curves(curves, directory / CURVES_FILE, best["member"])
             # The rewards of one run's versions cannot be compared where its weights were changed on the way.
             which = "head" if any(key.startswith("rewards.") for key in self.plan.perturb) else "best"
             run, adapter = directory / best["member"], directory / BEST
