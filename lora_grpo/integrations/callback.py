@@ -125,9 +125,7 @@ class NativeRollouts(TrainerCallback):
         self._sampling, self._batch_rows = sampling, batch_rows
         self._found = self.store.head
         self._current: AdapterVersion | None = None
-        self._moved = False
-        self._calls = (-1, True, 0)
-        self._generations = 0
+        self._moved, self._calls, self._generations = False, (-1, True, 0), 0
         self._earned: dict[tuple[int, str], tuple[float, int]] = {}
 
     @property

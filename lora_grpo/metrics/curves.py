@@ -67,8 +67,7 @@ class Panel:
 
 def panels(records: Sequence[Record], given_up: Sequence[Record] = ()) -> list[Panel]:
     """Of the run as it counts; the steps that a rollback or a resume went back before are a line of their own."""
-    steps = [record for record in records if record["event"] == "step"]
-    evaluations = [record for record in records if record["event"] == "evaluation"]
+    steps, evaluations = ([one for one in records if one["event"] == kind] for kind in ("step", "evaluation"))
     at, rewards = series(steps, "reward")
     shown = {"each step": (at, rewards), "smoothed": (at, smoothed(rewards))}
     titled = {

@@ -42,8 +42,7 @@ def render_page(run: Path, lineage: Lineage, *, live: bool = False, refresh_s: f
     kept = set(map(id, records))
     given_up = [record for record in everything if record["event"] == "step" and id(record) not in kept]
     steps = [record for record in records if record["event"] == "step"]
-    told = [record["info"] for record in records if record["event"] in ("start", "end")]
-    info = {name: value for one in told for name, value in one.items()}
+    info = {name: value for one in records if one["event"] in ("start", "end") for name, value in one["info"].items()}
     settings = info.pop("config", {})
     logged = read_metrics(run / SAMPLES_FILE) if (run / SAMPLES_FILE).is_file() else []
     pages = Environment(loader=PackageLoader("lora_grpo", "metrics"), autoescape=True, undefined=StrictUndefined)

@@ -176,10 +176,9 @@ def _until(origin: AdapterVersion, records: list[Record]) -> list[Record]:
     """The records of a run as it stood when it had published and measured `origin`."""
     before = [record for record in records if record["time"] <= origin.created_at]
     after = [record for record in records if record["time"] > origin.created_at]
-    step = next((record for record in after if record["event"] == "step"), None)
-    own = [] if step is None or step["step"] != origin.step else [step]
+    steps = [record for record in after if record["event"] == "step"][:1]
     measured = [record for record in after if record["event"] == "evaluation" and record["version"] == origin.number]
-    return [*before, *own, *measured]
+    return [*before, *(record for record in steps if record["step"] == origin.step), *measured]
 
 
 def _log(staged: Path, records: Sequence[Record]) -> None:
