@@ -50,13 +50,10 @@ class ViewState:
 
 
 def panel(state: ViewState) -> RenderableType:
-    facts = Table.grid(Column(style="dim", no_wrap=True), Column(), padding=(0, 2))
-    for name, value in _facts(state):
-        facts.add_row(name, value)
     title = Text.assemble(("lora_grpo ", "bold"), str(state.run_dir))
     subtitle = Text(state.title, style="dim") if state.title else None
     look: dict[str, Any] = {"title_align": "left", "subtitle_align": "right", "border_style": "blue", "padding": (1, 2)}
-    return Panel(Group(_progress(state), Text(), facts), title=title, subtitle=subtitle, **look)
+    return Panel(Group(_progress(state), Text(), _facts(state)), title=title, subtitle=subtitle, **look)
 
 
 def plain_start(state: ViewState) -> str:
@@ -138,35 +135,37 @@ def _progress(state: ViewState) -> RenderableType:
     return row
 
 
-def _facts(state: ViewState) -> list[tuple[str, RenderableType]]:
-    metrics, facts = state.metrics, list[tuple[str, RenderableType]]()
+def _facts(state: ViewState) -> Table:
+    metrics, facts = state.metrics, Table.grid(Column(style="dim", no_wrap=True), Column(), padding=(0, 2))
     if state.phase:
-        facts.append(("now", Text(state.phase, style=PHASES.get(state.phase, ""))))
+        facts.add_row("now", Text(state.phase, style=PHASES.get(state.phase, "")))
     if metrics.get("reward") is not None:
-        facts.append(("reward", Text.assemble((_reward(metrics), "bold"), "  ", (sparkline(state.rewards), "green"))))
+        facts.add_row("reward", Text.assemble((_reward(metrics), "bold"), "  ", (sparkline(state.rewards), "green")))
     if state.held_out:
         (first_version, first), (last_version, last) = state.held_out[0], state.held_out[-1]
         came = f"  from {first:.3f} ({_version(first_version)})" if len(state.held_out) > 1 else ""
         told = ("reward ", (f"{last:.3f}", "bold"), f" ({_version(last_version)})", (came, "dim"))
-        facts.append(("held-out", Text.assemble(*told)))
+        facts.add_row("held-out", Text.assemble(*told))
     if metrics.get(SIGNAL) is not None:
-        facts.append(("signal", f"{100 * metrics[SIGNAL]:.3g}% of groups"))
+        facts.add_row("signal", f"{100 * metrics[SIGNAL]:.3g}% of groups")
     if metrics.get("completions/mean_length") is not None:
         cut = metrics.get("completions/clipped_ratio")
         words = "" if cut is None else f", {cut:.0%} cut at the limit"
-        facts.append(("length", f"{metrics['completions/mean_length']:.0f} tokens{words}"))
+        facts.add_row("length", f"{metrics['completions/mean_length']:.0f} tokens{words}")
     if metrics.get("version") is not None:
-        facts.append(("version", Text(_version(int(metrics["version"])), style="bold")))
+        facts.add_row("version", Text(_version(int(metrics["version"])), style="bold"))
     if metrics.get(GAP) is not None:
         verdict = str(metrics.get("canary/verdict") or "")
         judged = ("  canary ", (verdict, VERDICTS.get(verdict, ""))) if verdict else ()
-        facts.append(("log-prob gap", Text.assemble(f"{metrics[GAP]:.4f} nats per token", *judged)))
+        facts.add_row("log-prob gap", Text.assemble(f"{metrics[GAP]:.4f} nats per token", *judged))
     if metrics.get(BACKLOG) is not None:
         waiting_mib = metrics[BACKLOG] / 2**20
-        facts.append(("archive", f"{waiting_mib:.1f} MiB on the way to the disk" if waiting_mib else "all on the disk"))
+        facts.add_row("archive", f"{waiting_mib:.1f} MiB on the way to the disk" if waiting_mib else "all on the disk")
     if phase_seconds(metrics):
-        facts.append(("seconds", _phase_bar(phase_seconds(metrics))))
-    return facts or [("", Text("starting", style="dim"))]
+        facts.add_row("seconds", _phase_bar(phase_seconds(metrics)))
+    if not facts.row_count:
+        facts.add_row("", Text("starting", style="dim"))
+    return facts
 
 
 def _phase_bar(seconds: Mapping[str, float]) -> Text:
