@@ -753,7 +753,7 @@ def test_a_rollback_that_a_resume_undoes_is_told(
     """The checkpoint, of version 3, is older than the rollback; where pruning hides the way back, nothing is said."""
     versions = [version(1, None, 0), version(2, 1, 2), *(version(n, parent, n + 1) for n, parent in parents.items())]
     found = next(made for made in versions if made.number == head)
-    store = SimpleNamespace(head=found, list=lambda: versions)
+    store = SimpleNamespace(head=found, list=lambda: versions, parent_of={1: None, 2: 1, **parents}.get)
     adopted: list[AdapterVersion] = []
     sync: Any = SimpleNamespace(adapter="default", store=store, adopt=lambda made: adopted.append(made) or True)
     steps = NativeRollouts(Any, sync, Any, 1)

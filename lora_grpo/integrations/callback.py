@@ -11,6 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from lora_grpo.adapters.peft_form.modules import lora_modules
 from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.store import AdapterStore
+from lora_grpo.adapters.upkeep.rollbacks import ancestors
 from lora_grpo.adapters.version import AdapterVersion, Target
 from lora_grpo.engines.base import Engine, LoadReceipt
 from lora_grpo.engines.fake import FakeEngine
@@ -152,18 +153,15 @@ class NativeRollouts(TrainerCallback):
 
     def _adopt(self, found: AdapterVersion, step: int) -> None:
         """Go on from the version of the checkpoint's weights; later ones are no parents of what follows."""
-        versions = self.store.list()
-        for version in reversed([version for version in versions if version.step == step]):
+        for version in reversed([version for version in self.store.list() if version.step == step]):
             if self.sync.adopt(version):
                 break
         else:
             return
-        parents, number = {version.number: version.parent for version in versions}, found.number
-        while number > version.number and number in parents:
-            number = parents[number] or 0
-        if number < version.number:
-            told = f"{found} comes from a rollback after this checkpoint; training goes on from its weights, {version}"
-            again = f"to go back again, call rollback(to={number or found.number}) in a callback"
+        earlier = (one for one in ancestors(self.store, found.number) if one <= version.number)
+        if (number := next(earlier, version.number)) < version.number:
+            told = f"{found} comes from a rollback after this checkpoint; training goes on from weights of {version}"
+            again = f"to go back again, call rollback(to={number}) in a callback"
             warnings.warn(f"{told}; {again}", RuntimeWarning, stacklevel=2)
 
     def on_step_begin(self, *_: Any, optimizer: Any, lr_scheduler: Any, **__: Any) -> None:
