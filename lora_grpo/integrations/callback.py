@@ -26,7 +26,6 @@ from lora_grpo.sync import NativeSync
 from lora_grpo.trainer.run import answer_requests
 from lora_grpo.types import Completion, Sampling, derive_seed
 
-DTYPES = ("bfloat16", "float16", "float32")
 CANARY_EVERY = 10  # generations between full canaries, each an extra forward of a few rows
 CANARY_ROWS = 16
 
@@ -45,8 +44,8 @@ class PublishAdapter(TrainerCallback):
         `store` and `engine` stay the caller's to close."""
         if every < 1:
             raise ConfigError(f"every={every} must be at least 1 optimizer step")
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+        if dtype not in ("bfloat16", "float16", "float32"):
+            raise ConfigError(f"dtype={dtype!r} must be one of bfloat16, float16, float32")
         self.store, self.every = store, every
         self.engine: Engine = Elsewhere(dtype) if engine is None else engine
         self.sync: NativeSync | None = None
