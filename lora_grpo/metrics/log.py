@@ -63,9 +63,8 @@ def read_metrics(path: str | Path) -> list[Record]:
         raise StoreError(f"no metrics in {file}; is this a run directory?")
     *lines, last = file.read_bytes().split(b"\n")
     records = {number: _record(line) for number, line in enumerate(lines, 1) if line}
-    for number, record in records.items():
-        if record is None:
-            raise StoreError(f"{file}, line {number} is no JSON object; remove the line to read the rest")
+    if damaged := [number for number, record in records.items() if record is None]:
+        raise StoreError(f"{file}, line {damaged[0]} is no JSON object; remove the line to read the rest")
     return [record for record in (*records.values(), _record(last)) if record is not None]
 
 
