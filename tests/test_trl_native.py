@@ -525,7 +525,7 @@ REFUSED_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a moving reference": ({"sync_ref_model": True}, "sync_ref_model=True: with an adapter"),
     "an optimizer of objects": ({"optim": "galore_adamw"}, "optim='galore_adamw': its state cannot be kept"),
-    "an optimizer of packed tensors": ({"optim": "adamw_torch_8bit"}, "set it to 'adamw_torch' or 'adamw_8bit'"),
+    "an optimizer of packed tensors": ({"optim": "adamw_torch_8bit"}, "use 'adamw_torch' or 'adamw_8bit'"),
     "float16": ({"fp16": True}, "fp16=True: float16 needs a loss scale, which no rollback restores"),
     "repetition penalty": ({"repetition_penalty": 1.1}, "repetition_penalty=1.1"),
     "greedy": ({"temperature": 0.0}, "temperature=0.0: the completions of a group would all be the same"),
