@@ -554,7 +554,7 @@ def test_the_command_refuses_in_a_sentence_and_writes_nothing(llama_dir: Path, t
     file.write_text(settings_of(llama_dir, directory).model_dump_json())
     for arguments, words in (
         ([str(file), "grpo.seed=1"], "needs a setting with several values"),
-        ([str(file), "grpo.seed=1,2", "--sample", "0"], "0 is not in the range x>=1"),
+        ([str(file), "grpo.seed=1,2", "--sample", "0"], "or equal to 1"),
         ([str(file), "grpo.seed=1,2", "--rungs", "9"], "a rung at step 9 must be from 1 to 5"),
         ([str(file), "grpo.seed=1,2", "grpo.total_steps=0"], "grpo.total_steps"),
         ([str(tmp_path), "--resume"], "is not a sweep"),
