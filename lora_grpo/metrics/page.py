@@ -188,9 +188,7 @@ def _lanes(lineage: Lineage) -> tuple[dict[int, int], list[list[int]]]:
     branches: list[list[int]] = []
     tips: dict[int, list[int]] = {}
     ends: dict[int, int] = {}
-    for version, parent in sorted(lineage.parents.items()):
-        if version in lane_of:
-            continue
+    for version, parent in sorted(item for item in lineage.parents.items() if item[0] not in lane_of):
         branch = tips.pop(parent or 0, [])
         if branch:
             lane = lane_of[branch[-1]]
@@ -212,10 +210,8 @@ def _dots(lineage: Lineage, lane_of: dict[int, int], at: Callable[[int], tuple[f
     notable = ((lineage.best, "best"), (lineage.head, "head"))
     kinds |= {version: kind for version, kind in notable if version is not None}
     dots, labelled = list[tuple[Any, ...]](), dict[float, float]()
-    for version, kind in sorted(kinds.items(), reverse=True):
+    for version, kind in sorted((one for one in kinds.items() if lane_of.get(one[0], 0) <= MOST_LANES), reverse=True):
         x, y = at(version)
-        if lane_of.get(version, 0) > MOST_LANES:
-            continue
         words = ", ".join(word for word, one in (("HEAD", lineage.head), ("best", lineage.best)) if one == version)
         fits = words or labelled.get(y, x + LABEL) - x >= LABEL
         if fits:
