@@ -9,7 +9,6 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from lora_grpo.adapters.peft_form.modules import lora_modules
-from lora_grpo.adapters.peft_form.serving import Held
 from lora_grpo.adapters.store import AdapterStore
 from lora_grpo.adapters.upkeep.rollbacks import ancestors
 from lora_grpo.adapters.version import AdapterVersion, Target
@@ -104,7 +103,7 @@ class Elsewhere(FakeEngine):
         super().__init__(self._not_here)
         self.lora_dtype = dtype
 
-    def load(self, version: AdapterVersion, *, held: Held | None = None) -> LoadReceipt:
+    def load(self, version: AdapterVersion, **_: Any) -> LoadReceipt:
         return LoadReceipt("none", {}, 0, 0)
 
     def unload(self, version: AdapterVersion) -> None:
