@@ -173,7 +173,8 @@ class NativeGRPOTrainer(grpo_trainer.GRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not (Path(resume_from_checkpoint) / "trainer_state.json").is_file():
-            raise ConfigError(f"{resume_from_checkpoint} has no trainer_state.json: its save was cut short; delete it")
+            said = f"{resume_from_checkpoint} has no trainer_state.json, which is written last"
+            raise ConfigError(f"{said}, so its save was interrupted; delete it, and resume again")
         if not (Path(resume_from_checkpoint) / "optimizer.pt").is_file():
             lost = f"{resume_from_checkpoint} has no optimizer.pt: optimizer and schedule start anew"
             warnings.warn(f"{lost}; to resume exactly, save with save_only_model=False", RuntimeWarning, stacklevel=2)
