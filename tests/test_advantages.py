@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_grpo.errors import ConfigError
-from lora_grpo.grpo.batch import group_advantages, nan_std, reward_metrics, weighted_rewards
+from lora_grpo.grpo.advantages import group_advantages, nan_std, reward_metrics, weighted_rewards
 from lora_grpo.grpo_config import GRPOConfig
 
 NAN = torch.nan

@@ -6,10 +6,8 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from lora_grpo.grpo.losses import known_gaps, sampling_ratio
-from lora_grpo.grpo_config import GRPOConfig
 
 LN2 = math.log(2)
 MASK = torch.tensor([[True, True, True], [True, True, False]])
@@ -29,40 +27,35 @@ EXPECTED = {
 }
 
 
-def corrected(old: Tensor, sampler: Tensor, mask: Tensor, mode: str, clip_min: float | None = None) -> Tensor:
-    clips = {"vllm_importance_sampling_clip_max": 3.0, "vllm_importance_sampling_clip_min": clip_min}
-    return sampling_ratio(old, sampler, mask, GRPOConfig(vllm_importance_sampling_mode=mode, **clips))
-
-
 @pytest.mark.parametrize(("mode", "clip_min"), EXPECTED)
 def test_modes_by_hand(mode: str, clip_min: float | None) -> None:
     """Ratios above 3 are truncated to 3 or dropped; so are those below `clip_min`. A masked token has ratio 1."""
-    got = corrected(OLD, SAMPLER, MASK, mode, clip_min)
+    got = sampling_ratio(OLD, SAMPLER, MASK, mode, (clip_min, 3.0))
     torch.testing.assert_close(got, torch.tensor(EXPECTED[mode, clip_min], dtype=torch.float32))
 
 
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
-def test_a_faithful_sampler_is_not_corrected(mode: str) -> None:
-    assert (corrected(OLD, OLD, MASK, mode) == 1).all()
+def test_a_faithful_sampler_is_not_sampling_ratio(mode: str) -> None:
+    assert (sampling_ratio(OLD, OLD, MASK, mode, (None, 3.0)) == 1).all()
 
 
 def test_a_token_that_the_sampler_did_not_score_counts_as_faithful() -> None:
     """Row 0 without its first token has 2 * 1/2 = 1; a NaN would have reached the loss."""
     sampler = SAMPLER.clone()
     sampler[0, 0] = torch.nan
-    assert corrected(OLD, sampler, MASK, "sequence_mask")[0].item() == pytest.approx(1.0)
+    assert sampling_ratio(OLD, sampler, MASK, "sequence_mask", (None, 3.0))[0].item() == pytest.approx(1.0)
     assert known_gaps(OLD, sampler, MASK).tolist() == pytest.approx([LN2, LN2, 2 * LN2, LN2])
 
 
 @pytest.mark.parametrize(("mode", "weight"), [("token_mask", 0.0), ("token_truncate", 3.0)])
 def test_a_token_that_the_sampler_called_impossible_is_bounded(mode: str, weight: float) -> None:
     sampler = torch.tensor([[-torch.inf, -1.0]])
-    got = corrected(torch.full((1, 2), -1.0), sampler, torch.ones(1, 2, dtype=torch.bool), mode)
+    got = sampling_ratio(torch.full((1, 2), -1.0), sampler, torch.ones(1, 2, dtype=torch.bool), mode, (None, 3.0))
     assert got.tolist() == [[weight, 1.0]]
 
 
 def test_what_is_masked_has_no_say() -> None:
     for mode in ("token_mask", "sequence_truncate"):
         other = torch.where(MASK, OLD, torch.inf)
-        ours = corrected(OLD, SAMPLER, MASK, mode)
-        torch.testing.assert_close(corrected(other, SAMPLER, MASK, mode), ours)
+        ours = sampling_ratio(OLD, SAMPLER, MASK, mode, (None, 3.0))
+        torch.testing.assert_close(sampling_ratio(other, SAMPLER, MASK, mode, (None, 3.0)), ours)

@@ -31,7 +31,6 @@ from lora_grpo.engines.wrapped import OwnedEngine
 from lora_grpo.errors import ConfigError, DeliveryError, EngineError, RewardError, TrainingError
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.forward import mean_abs_difference, teacher_logprobs
-from lora_grpo.grpo.losses import sampling_ratio
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.trainer import GRPOTrainer
 from lora_grpo.trainer.guards import Guard
@@ -196,10 +195,7 @@ def test_each_row_is_corrected_by_its_own_samplers_log_probs(llama_dir: Path, tm
             return policy.prepare(Batch.from_groups(groups, torch.ones(4 * len(groups))))
 
         mixed = prepared([old, new])
-        weight_B1, *alone = [
-            sampling_ratio(one.old_logp_BT, one.sampler_logp_BT, one.mask_BT, config)
-            for one in (mixed, prepared([old]), prepared([new]))
-        ]
+        weight_B1, *alone = [objective.correction(one) for one in (mixed, prepared([old]), prepared([new]))]
         torch.testing.assert_close(weight_B1, torch.cat(alone))
         # pi_old is the policy that is trained, whatever version sampled: the clip's ratio starts at 1.
         assert torch.equal(objective.ratio(mixed.old_logp_BT, mixed), torch.ones_like(mixed.old_logp_BT))

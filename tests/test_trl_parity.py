@@ -23,7 +23,8 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from lora_grpo.grpo.batch import Batch, group_advantages, reward_metrics, weighted_rewards
+from lora_grpo.grpo.advantages import group_advantages, reward_metrics, weighted_rewards
+from lora_grpo.grpo.batch import Batch
 from lora_grpo.policy import Policy
 from lora_grpo.types import Completion, Group
 from tests.tiny_policy import (

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from lora_grpo.adapters.files.disk import replace_file
-from lora_grpo.bench.gauges import collect
 from lora_grpo.bench.plan import Cell, Subject, load_strategy
 from lora_grpo.engines import compat
 from lora_grpo.errors import ConfigError, EngineError, LoraGrpoError
@@ -148,6 +147,8 @@ def load(subject: Subject) -> Any:
 
 def give_back(strategy: Any) -> None:
     """Worker: what garbage and torch's cache still hold of a GPU goes back to it, for whoever measures next there."""
+    from lora_grpo.bench.gauges import collect  # brings torch, before which a worker has to have left Ctrl-C's group
+
     collect(strategy.subject.device)
 
 

@@ -13,7 +13,8 @@ from lora_grpo.bench.gauges import Clock
 from lora_grpo.bench.plan import BASE, SHARED, STOCK, Cell, Settings, Subject, alone, beside_native, results
 from lora_grpo.bench.schema import DecodeRow, StepRow
 from lora_grpo.bench.strategy import Strategy
-from lora_grpo.grpo.batch import Batch, group_advantages
+from lora_grpo.grpo.advantages import group_advantages
+from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.policy import Policy
 from lora_grpo.types import Sampling

@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_grpo.errors import TrainingError
 from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.processes import Observed, counted, row_means
-from lora_grpo.grpo_config import GRPOConfig, LossType
+from lora_grpo.grpo_config import CorrectionMode, GRPOConfig, LossType
 
 
 class ClipRange(NamedTuple):
@@ -130,18 +130,23 @@ def rollout_mean_weights(mask_BT: Tensor, totals: Totals) -> Tensor:
 # TRL's.
 
 
-def sampling_ratio(old_logp_BT: Tensor, sampler_logp_BT: Tensor, mask_BT: Tensor, config: GRPOConfig) -> Tensor:
-    """The weight of each token, (B, T), or of each row, (B, 1), by the mode.
+def sampling_ratio(
+    old_logp_BT: Tensor,
+    sampler_logp_BT: Tensor,
+    mask_BT: Tensor,
+    mode: CorrectionMode,
+    clips: tuple[float | None, float],
+) -> Tensor:
+    """The weight of each token, (B, T), or of each row, (B, 1), by the mode; `clips` are the least and the greatest.
 
     `token_*` weigh each token by its own ratio, `sequence_*` each row by the product over its tokens. `*_truncate`
-    clamps ratios to [clip_min, clip_max], `*_mask` drops (weight 0) what lies outside. A token without a sampler
-    log-prob (NaN) counts with ratio 1."""
-    mode, clip_max = config.vllm_importance_sampling_mode, config.vllm_importance_sampling_clip_max
+    clamps ratios to the clips, `*_mask` drops (weight 0) what lies outside. A token without a sampler log-prob (NaN)
+    counts with ratio 1."""
     difference = torch.where(mask_BT, old_logp_BT - sampler_logp_BT, 0.0).nan_to_num(nan=0.0)
     if mode.startswith("sequence"):
         difference = difference.sum(dim=1, keepdim=True)
     ratio = difference.exp()
-    bounded = ratio.clamp(min=config.vllm_importance_sampling_clip_min, max=clip_max)
+    bounded = ratio.clamp(*clips)
     return bounded if mode.endswith("truncate") else ratio.where(ratio == bounded, 0.0)
 
 
@@ -183,7 +188,7 @@ class Objective:
         logp_BT = _masked(logp_BT, rows)
         losses = self.loss.surrogate(self.ratio(logp_BT, rows), logp_BT, rows.advantages_B[:, None], self.clip)
         if self.config.vllm_importance_sampling_correction:
-            losses = losses * sampling_ratio(filled(rows.old_logp_BT), rows.sampler_logp_BT, rows.mask_BT, self.config)
+            losses = losses * self.correction(rows)
         if self.config.beta:
             losses = losses + self.config.beta * self.kl(logp_BT, rows)
         return (losses * self.loss.weights(rows.mask_BT, totals)).sum()
@@ -194,6 +199,12 @@ class Objective:
         if self.config.importance_sampling_level == "sequence":
             return sequence_log_ratio(logp_BT, old_logp_BT, rows.mask_BT).exp()
         return (logp_BT - old_logp_BT).exp()
+
+    def correction(self, rows: Batch) -> Tensor:
+        """`sampling_ratio` of these rows, by the settings."""
+        clips = self.config.vllm_importance_sampling_clip_min, self.config.vllm_importance_sampling_clip_max
+        mode = self.config.vllm_importance_sampling_mode
+        return sampling_ratio(filled(rows.old_logp_BT), rows.sampler_logp_BT, rows.mask_BT, mode, clips)
 
     def kl(self, logp_BT: Tensor, rows: Batch) -> Tensor:
         """(B, T): k3 estimate of the KL to the reference, times the ratio where that is asked for; 0 where masked."""
@@ -217,7 +228,7 @@ class Objective:
         gaps_N = known_gaps(old_logp_BT, sampler_logp_BT, rows.mask_BT)
         observed = {f"sampling/sampling_logp_difference/{how}": Observed(gaps_N, how) for how in ("mean", "max")}
         if self.config.vllm_importance_sampling_correction:
-            ratio = counted(sampling_ratio(old_logp_BT, sampler_logp_BT, rows.mask_BT, self.config), rows.mask_BT)
+            ratio = counted(self.correction(rows), rows.mask_BT)
             name = "sampling/importance_sampling_ratio"
             observed |= {f"{name}/{how}": Observed(ratio, how) for how in ("min", "mean", "max")}
         return observed

@@ -12,7 +12,8 @@ import torch
 
 from lora_grpo.engines.delivery.agreement import RESOLUTION, CanaryReport
 from lora_grpo.errors import TrainingError, UnknownVersion
-from lora_grpo.grpo.batch import Batch, reward_metrics
+from lora_grpo.grpo.advantages import reward_metrics
+from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.losses import filled, known_gaps
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics.log import jsonable

@@ -21,7 +21,7 @@ from lora_grpo.data import load_data, load_prompts
 from lora_grpo.engines.base import Engine, LoadReceipt
 from lora_grpo.engines.requests import render
 from lora_grpo.errors import ConfigError
-from lora_grpo.grpo.batch import weighted_rewards
+from lora_grpo.grpo.advantages import weighted_rewards
 from lora_grpo.metrics.log import ENGINE_LOG, capture_output
 from lora_grpo.rewards import check_columns, load_reward, score
 from lora_grpo.trainer.build import effective_grpo, lora_config

@@ -17,7 +17,7 @@ from lora_grpo.adapters.version import AdapterVersion
 from lora_grpo.data import PromptDataset, PromptSampler
 from lora_grpo.engines.base import Engine
 from lora_grpo.errors import ConfigError, DeliveryError, StoreCorrupt
-from lora_grpo.grpo.batch import group_advantages, weighted_rewards
+from lora_grpo.grpo.advantages import group_advantages, weighted_rewards
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.metrics.log import jsonable
 from lora_grpo.rewards import RewardContext, RewardFunction, reward_names, score
