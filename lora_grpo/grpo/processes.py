@@ -79,7 +79,13 @@ class Processes:
 
     def first(self, act: Callable[[], T]) -> T:
         """What `act` gives in the first process, everywhere; it runs nowhere else. What it raises, all raise."""
-        return self.share(self.each(act if self.index == 0 else lambda: None))  # type: ignore[return-value]
+        if self.count == 1:
+            return act()
+        tried = attempt(act, self.index) if self.index == 0 else None
+        value, error = self.share((tried.value, tried.told) if tried else (None, None))
+        if error is not None:
+            raise error from (tried and tried.error)
+        return value  # type: ignore[return-value]
 
     def each(self, act: Callable[[], T]) -> T:
         """What `act` gives here; it runs in all. What it raises in any, all raise, the culprit's index in the message.
