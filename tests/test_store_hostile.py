@@ -316,7 +316,7 @@ def test_another_users_folders_on_tmpfs_are_left_alone_and_do_not_hang(tmp_path:
         os.chown(made[0], 12345, 12345)
         code = (
             "from lora_grpo.engines.server.replica import Names\n"
-            "names = Names(); names.sweep(); print(names.is_leftover(f'lora-grpo.{names._place}.zzzzzzzz.r.v1.1'))\n"
+            "names = Names(); print(names.is_leftover(f'lora-grpo.{names._place}.zzzzzzzz.r.v1.1'))\n"
             "names.close()"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -352,7 +352,7 @@ def test_a_name_of_this_user_whose_lock_is_no_file_is_not_judged() -> None:
     try:
         (names.folder / "LOCK").unlink()
         os.mkfifo(names.folder / "LOCK")
-        names.sweep()
+        Names().close()
         assert names.folder.exists()
     finally:
         names.close()
