@@ -44,24 +44,7 @@ PROMPT = list(range(100, 112))
 TOKEN = "a-token-of-the-attack"
 MIB = 1 << 20
 KILLS, ERRORS, ADAPTERS = 340, 180, 1835
-TRAINER = """
-import resource, sys
-from pathlib import Path
-from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.remote.server import StoreServer
-root, token, files = sys.argv[1:]
-resource.setrlimit(resource.RLIMIT_NOFILE, (int(files), int(files)))
-with AdapterStore(Path(root, "store"), Path(root, "run")) as store, StoreServer(store, token) as server:
-    print(server.url, server.run, flush=True)
-    for line in sys.stdin:
-        try:
-            content = {"adapter_config.json": [b"{}"], "adapter_model.safetensors": [line.encode() * 1000]}
-            store.promote(store.publish(content, step=0))
-            store.flush()
-            print("ok", store.head.number, flush=True)
-        except Exception as error:
-            print(type(error).__name__, error, flush=True)
-"""
+TRAINER = Path(__file__).with_name("attacked.py")
 
 
 @dataclass
@@ -105,7 +88,7 @@ class Trainer:
 @contextmanager
 def trainer(open_files: int = 1024) -> Iterator[Trainer]:
     with scratch() as root:
-        command = [sys.executable, "-c", TRAINER, root, TOKEN, str(open_files)]
+        command = [sys.executable, str(TRAINER), root, TOKEN, str(open_files)]
         process = psutil.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         try:
             url, run = process.stdout.readline().split()

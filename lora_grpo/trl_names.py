@@ -41,8 +41,12 @@ _INSTEAD = {
     "vllm_server_timeout": "set engine.timeout_s and engine.patience_s (EngineConfig)",
     "bf16 fp16 bf16_full_eval fp16_full_eval": "set model.dtype (ModelConfig) and engine.dtype (EngineConfig)",
     "model_init_kwargs": "pass the model as ModelConfig(name, dtype=, revision=, trust_remote_code=)",
-    "generation_kwargs repetition_penalty vllm_structured_outputs_regex": "only temperature can be set; leave it out",
-    "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps": "the KL's reference stays the start's; leave it out",
+    "generation_kwargs repetition_penalty vllm_structured_outputs_regex": (
+        "completions are sampled only with temperature and max_completion_length, so that the loss fits them"
+    ),
+    "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps": (
+        "the KL's reference stays the adapter at the start, and TRL does not move it with adapters either; leave it out"
+    ),
     "top_entropy_quantile off_policy_mask_threshold multi_objective_aggregation sapo_temperature_neg "
     "sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg entropy_coef use_adaptive_entropy "
     "entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target router_aux_loss_coef": (
