@@ -116,7 +116,9 @@ class CrewEngine:
         self._crew, self._own = crew, own
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("load", "unload", "generate"):
+        if name == "load":  # in each process the tensors that it holds itself are compared, not the first one's
+            return lambda version, **_: self._crew(call, "sync.engine.load", version)
+        if name in ("unload", "generate"):
             return partial(self._crew, call, f"sync.engine.{name}")
         return getattr(self._own, name)
 

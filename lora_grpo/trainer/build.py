@@ -101,7 +101,8 @@ def check_place(run_dir: Path) -> bool:
 
 
 def _checked(config: RunConfig, *, resume: bool) -> RunConfig:
-    """Refuses what the run directory rules out. A run that goes on is cut as before, on which its bits depend."""
+    """Refuses what the run directory rules out, and changes nothing there. A run that goes on has micro-batches of as
+    many tokens as before, on which its bits depend."""
     run_dir = Path(config.output_dir)
     if (holds_run := check_place(run_dir)) and not resume:
         raise ConfigError(f"{run_dir} holds a run already; go on with --resume, or name another output_dir")

@@ -50,9 +50,12 @@ class Finding:
     found: str  # or what has to change
 
 
-def check_run(config: RunConfig, engine: bool = False, rewards: bool = False, alone: bool = False) -> Iterator[Finding]:
-    """What can be known of a run without training it, as it is found; nothing of it is written. `engine` starts its
-    own, if all else is well; `rewards` calls each function once (values do not count); `alone`: a base without both."""
+def check_run(
+    config: RunConfig, *, engine: bool = False, rewards: bool = False, alone: bool = False
+) -> Iterator[Finding]:
+    """What can be known of a run without training it, as it is found; nothing of it is written. `engine` starts the
+    run's engine, if all else is well; `rewards` calls each reward function once (errors and types count, values do
+    not); `alone`: a base without data and rewards."""
     run, well = _Run(config, alone), True
     for finding in _findings([*run.parts(), *(run.reward_calls() if rewards else ())]):
         well = well and finding.ok

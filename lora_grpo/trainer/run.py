@@ -128,7 +128,8 @@ def run_info(run: Run) -> dict[str, Any]:
 
 
 def summary(run: Run, seconds: float) -> dict[str, Any]:
-    """Of the whole run, but for `seconds` and the rollouts' counts, which are this process's."""
+    """Of the whole run, but for `seconds` and the rollouts' counts, which are this process's. `reward_*` are the first
+    and the last held-out reward."""
     evaluations, history = run.evaluations, run.history
     gaps = [metrics[GAP] for metrics in history if math.isfinite(metrics[GAP])]
     syncs = [sum(v for name, v in metrics.items() if name.startswith("sync/")) for metrics in history]

@@ -181,7 +181,7 @@ class Tree:
 
     def __init__(self, path: Path, kinds: tuple[str, ...], *, sync: bool) -> None:
         self.path, self.kinds, self.sync = path, kinds, sync
-        self._staging, self._trash = path / STAGING, path / "trash"
+        self._staging, self._trash = path / STAGING, path / "trash"  # trash: likewise, on its way out
 
     def create(self) -> None:
         for folder in (*(self.path / kind for kind in self.kinds), self._staging, self._trash):

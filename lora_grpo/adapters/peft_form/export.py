@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ class Recipe:
     def of(cls, model: Any, adapter: str, modules: list[LoraModule]) -> "Recipe":
         """What `PeftModel.save_pretrained` would write, and the revision of the base where it is known."""
         config, base = model.peft_config[adapter], model.get_base_model()
-        fields = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+        fields = {name: sorted(value) if isinstance(value, Set) else value for name, value in config.to_dict().items()}
         if config.task_type is None:
             kind = _importable(type(base))
             fields["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}

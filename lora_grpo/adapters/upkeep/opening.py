@@ -23,11 +23,12 @@ _TEMPORARIES = [f".{name}.new" for name in ("HEAD", "store.json", "NUMBERS", "jo
 class Recovered:
     """What opening found. `lost`: versions that were on tmpfs only when it went (or were deleted by another program);
     `lost_states`: trainer states not yet written when their process died; `damaged`: versions that differ from what was
-    published (opening reads only `HEAD` and those still to be archived); `damaged_lines`: lines of the journal that
-    cannot be read, counted from 1, with the metrics, pins or promotions that they held; `swept`: half-written or
-    half-removed folders that were deleted; `unarchived`: versions now queued for the archive; `head_moved`: (promoted
-    before, `HEAD` now) where the promoted version was lost or damaged; `copied_from`: the run directory that this one
-    is a copy of; `set_aside`: folders with what the archive has not got of a root out of date (yours to remove)."""
+    published (opening reads only `HEAD` and those still to be archived; `verify` reads the others); `damaged_lines`:
+    lines of the journal that cannot be read, counted from 1, with the metrics, pins or promotions that they held;
+    `swept`: half-written or half-removed folders that were deleted; `unarchived`: versions now queued for the archive;
+    `head_moved`: (promoted before, `HEAD` now) where the promoted version was lost or damaged; `copied_from`: the run
+    directory that this one is a copy of; `set_aside`: folders with what the archive has not got of a root that was out
+    of date, since the run was opened with another one meanwhile (yours to remove)."""
 
     lost: tuple[int, ...] = ()
     lost_states: tuple[int, ...] = ()
@@ -155,9 +156,17 @@ class Opening(Catalog):
         unarchived = tuple(n for n in here if self.archive and not self.in_archive(n) and self._is_sound(n))
         if self.archive is not None:
             requests.sweep(self.archive.path)
-        damaged, lines = tuple(sorted(self._damaged)), tuple(self.journal.damaged_lines)
-        copied_from, set_aside = self.places.copied_from, tuple(sorted(self.places.root.glob(f"{ASIDE}*")))
-        return Recovered(lost, lost_states, damaged, lines, swept, unarchived, head_moved, copied_from, set_aside)
+        return Recovered(
+            lost=lost,
+            lost_states=lost_states,
+            damaged=tuple(sorted(self._damaged)),
+            damaged_lines=tuple(self.journal.damaged_lines),
+            swept=swept,
+            unarchived=unarchived,
+            head_moved=head_moved,
+            copied_from=self.places.copied_from,
+            set_aside=tuple(sorted(self.places.root.glob(f"{ASIDE}*"))),
+        )
 
     def _settle_versions(self) -> tuple[int, ...]:
         present = set(self.numbers())

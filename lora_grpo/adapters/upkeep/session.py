@@ -20,6 +20,8 @@ from lora_grpo.errors import NoRoom, StoreError, counted
 
 
 class Session(Opening):
+    """A store open for writing, from lock to unlock."""
+
     def __init__(self, places: Places, lock: WriterLock, retention: Retention | None, backlog_limit_bytes: int) -> None:
         kind = file_system(places.root)
         on_tmpfs = kind in ("tmpfs", "ramfs")
