@@ -35,7 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_grpo.bench.gauges import Clock, collect, forget_peaks, level, peak
 from lora_grpo.bench.host import asked, provenance, write_result
-from lora_grpo.bench.shapes import byte_tokenizer, shape_config
+from lora_grpo.bench.shapes import shape_config
 from lora_grpo.config import EngineConfig
 from lora_grpo.engines.delivery.agreement import take_canary
 from lora_grpo.engines.fake import FakeEngine
@@ -43,6 +43,7 @@ from lora_grpo.grpo.batch import Batch
 from lora_grpo.grpo.packing import in_spans, pack
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.policy import Policy
+from lora_grpo.trainer.checking import byte_tokenizer
 from lora_grpo.trainer.memory import LargestBatch
 from lora_grpo.trainer.room import estimate
 from lora_grpo.types import Completion, Group
@@ -145,8 +146,7 @@ def _completions(ids_BL: Any, options: argparse.Namespace) -> list[Any]:
 
 
 def _padded(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
-    step = _ours(model, ids_BL, options)
-    return patch("lora_grpo.grpo.packing.pays", lambda _: False)(step)
+    return patch("lora_grpo.grpo.packing.pays", lambda _: False)(_ours(model, ids_BL, options))
 
 
 def _canary(model: Any, ids_BL: Any, options: argparse.Namespace) -> Callable[[], Any]:
@@ -213,8 +213,7 @@ def _packed_backbone(model: Any, ids_BL: Any, options: argparse.Namespace) -> Ca
 
 
 def _to_the_last_hidden_state(model: Any, **inputs: Any) -> None:
-    output = model.get_base_model().model(**inputs, use_cache=False)
-    output.last_hidden_state.float().mean().backward()
+    model.get_base_model().model(**inputs, use_cache=False).last_hidden_state.float().mean().backward()
 
 
 def _estimate(model: Any, options: argparse.Namespace) -> dict[str, float]:

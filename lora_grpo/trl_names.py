@@ -3,10 +3,10 @@
 _INSTEAD = {
     "max_steps num_train_epochs": "set total_steps: it counts generations, where max_steps counts optimizer steps",
     "output_dir": "the run's directory is run_dir= of GRPOTrainer, and output_dir at the top of a config file",
-    "save_steps save_strategy save_total_limit save_only_model": "every version is published; [keep] says what stays",
+    "save_steps save_strategy save_total_limit save_only_model": "KeepConfig ([keep]) says what stays",
     "resume_from_checkpoint": "call trainer.resume(), or `lora-grpo train --resume`",
     "logging_steps logging_strategy logging_first_step": "every step is logged; leave it out",
-    "log_completions num_completions_to_print log_unique_prompts log_multimodal": "set log_completions_every",
+    "log_completions num_completions_to_print log_unique_prompts log_multimodal": "set log_completions_every, in steps",
     "eval_steps eval_strategy": "set eval_every, the steps between held-out evaluations",
     "eval_on_start": "held-out prompts are answered at the start and at the end anyway; leave it out",
     "optim optim_args": "the optimizer is AdamW (learning_rate, weight_decay, adam_beta1 ...); leave it out",
@@ -20,7 +20,7 @@ _INSTEAD = {
     "ds3_gather_for_generation": "nothing is gathered: vLLM has a base of its own; leave it out",
     "per_device_eval_batch_size eval_accumulation_steps": "vLLM answers all held-out prompts at once; leave it out",
     "num_generations_eval": "held-out prompts get one greedy completion each; leave it out",
-    "load_best_model_at_end metric_for_best_model greater_is_better": "use `lora-grpo export RUN best:METRIC`",
+    "load_best_model_at_end metric_for_best_model greater_is_better": "save_model(DIR, which='best:METRIC') does it",
     "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision": (
         "`lora-grpo export RUN VERSION --push-to-hub REPO` uploads a version; leave it out"
     ),

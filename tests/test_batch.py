@@ -97,8 +97,9 @@ def test_moving_takes_every_tensor_along() -> None:
     ("groups", "advantages", "message"),
     [
         (GROUPS, torch.zeros(3), "for 4 completions"),
-        ([], torch.zeros(1), "for 0 completions"),
+        ([], torch.zeros(0), "for 0 completions"),
         ([Group("", (), (completion((1,)),))], torch.zeros(1), "row 0 has an empty prompt"),
+        ([Group("", (1,), (completion(()),))], torch.zeros(1), "none of 1 completions has a token"),
         (
             [Group("", (1,), (Completion("", (1, 2), (-1.0,), "stop", 1),))],
             torch.zeros(1),

@@ -725,6 +725,7 @@ def test_a_closed_engine_says_so_and_closing_twice_leaves_others_alone(
         lambda: long_engine.load(version),
         lambda: greedy(long_engine, None),
         lambda: long_engine.logprobs([PROMPT], adapter=None),
+        lambda: long_engine.max_model_len,
         long_engine.describe_base,
         long_engine.shared_model,
         long_engine.sleep,

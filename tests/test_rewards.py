@@ -349,6 +349,8 @@ def test_a_missing_column_is_refused_before_the_first_step():
     with pytest.raises(ConfigError, match=r"'exact' asks for column 'gold'"):
         check_columns([exact(column="gold")], ["answer"])
     check_columns([length, exact(), lambda completions, extra=None: []], ["answer"])
+    with pytest.raises(ConfigError, match="column 'answer' has 1 value for 2 prompts"):
+        score([length], GROUPS, {"answer": [1]})
 
 
 def test_names_are_distinct():

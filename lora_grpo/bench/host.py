@@ -134,8 +134,7 @@ def needed_bytes(part: str, settings: Settings, model: Mapping[str, int]) -> int
     beside += 4 * model["parameters"] if part == "fidelity" else 0
     oracle = 6 * model["parameters"] + _PROCESS if part == "fidelity" or settings.truth else 0
     if settings.device != "cpu":
-        trainer = base + _TRAINER + (_BACKWARD if part == "step" else 0)
-        return max(trainer + _engine(model) + beside, oracle)
+        return max(base + _TRAINER + (_BACKWARD if part == "step" else 0) + _engine(model) + beside, oracle)
     cache = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) * _GIB
     return base + max(_workers(part, settings) * (2 * base + cache + _PROCESS) + beside, oracle)
 

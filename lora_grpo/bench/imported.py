@@ -2,12 +2,17 @@
 
 import gc
 import importlib
+import traceback
 
 from lora_grpo.engines import compat
+from lora_grpo.errors import LoraGrpoError
 
-# What fails here fails again in the first step, which says why.
-compat.import_vllm()
-for _name in ("vllm.entrypoints.llm", "lora_grpo.bench.suite"):
-    importlib.import_module(_name)
+try:
+    compat.import_vllm()
+    for _name in ("vllm.entrypoints.llm", "lora_grpo.bench.suite"):
+        importlib.import_module(_name)
+except (ImportError, OSError, RuntimeError, AttributeError, LoraGrpoError):
+    # The first of those that are forked says why.
+    traceback.print_exc()
 # Nobody has to look through all that again for garbage.
 gc.freeze()

@@ -56,8 +56,7 @@ class Partial:
 
     def save(self) -> None:
         fields = {"fingerprint": self._fingerprint, "bandwidth": self.bandwidth, "seconds": self.seconds}
-        content = json.dumps({**fields, "notes": self.notes, "cells": self.cells})
-        replace_file(self.path, content.encode(), sync=False)
+        replace_file(self.path, json.dumps({**fields, "notes": self.notes, "cells": self.cells}).encode(), sync=False)
 
 
 class WorkerProcess:

@@ -114,10 +114,8 @@ def _step(strategy: Strategy, policy: Policy, settings: Settings) -> dict[str, f
     with clock("generate"):
         groups = strategy.generate(drawn, sampling)
     with clock("train"):
-        rewards_B = torch.rand(settings.step_rows)
-        advantages_B = group_advantages(rewards_B, settings.group, config.scale_rewards)
-        batch = policy.prepare(Batch.from_groups(groups, advantages_B))
-        policy.update(batch)
+        advantages_B = group_advantages(torch.rand(settings.step_rows), settings.group, config.scale_rewards)
+        policy.update(policy.prepare(Batch.from_groups(groups, advantages_B)))
     with clock("sync"):
         strategy.sync()
     return clock.seconds

@@ -57,6 +57,8 @@ def write_model(name: str, directory: Path, *, device: str = "cpu", seed: int = 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from lora_grpo.trainer.checking import byte_tokenizer
+
     fields = shape_config(name)
     if directory.exists():
         return directory
@@ -72,19 +74,6 @@ def write_model(name: str, directory: Path, *, device: str = "cpu", seed: int = 
     model.save_pretrained(unfinished, max_shard_size="2GB")
     byte_tokenizer().save_pretrained(unfinished)
     return unfinished.rename(directory)
-
-
-def byte_tokenizer() -> Any:
-    """One token a byte, and an end token: any text encodes and comes back as it was."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    end = "<|endoftext|>"
-    tokens = (end, *sorted(pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=end, eos_token=end, unk_token=end)
 
 
 def _values(name: str, shape: torch.Size, hidden: int, generator: torch.Generator) -> torch.Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -166,17 +165,20 @@ class PromptSampler:
     def __init__(self, num_prompts: int, prompts_per_step: int, seed: int) -> None:
         self.num_prompts, self.prompts_per_step, self.seed = num_prompts, prompts_per_step, seed
         self.epoch, self.offset = 0, 0
-        self._order = lru_cache(maxsize=2)(self._shuffled)
+        self._order = self._shuffled(0)
 
     def __iter__(self) -> Iterator[list[int]]:
         return self
 
     def __next__(self) -> list[int]:
-        start = self.epoch * self.num_prompts + self.offset
-        stop = start + self.prompts_per_step
-        self.epoch, self.offset = divmod(stop, self.num_prompts)
-        places = (divmod(drawn, self.num_prompts) for drawn in range(start, stop))
-        return [self._order(epoch)[offset] for epoch, offset in places]
+        indices: list[int] = []
+        while len(indices) < self.prompts_per_step:
+            taken = self._order[self.offset : self.offset + self.prompts_per_step - len(indices)]
+            indices.extend(taken)
+            self.offset += len(taken)
+            if self.offset == self.num_prompts:
+                self._move_to(self.epoch + 1, 0)
+        return indices
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "offset": self.offset, "num_prompts": self.num_prompts, "seed": self.seed}
@@ -187,7 +189,12 @@ class PromptSampler:
         if saved != here:
             was = f"(num_prompts, seed) was {saved}, now it is {here}"
             raise ConfigError(f"cannot resume: {was}; take the saved run's data and seed")
-        self.epoch, self.offset = state["epoch"], state["offset"]
+        self._move_to(state["epoch"], state["offset"])
+
+    def _move_to(self, epoch: int, offset: int) -> None:
+        if epoch != self.epoch:
+            self._order = self._shuffled(epoch)
+        self.epoch, self.offset = epoch, offset
 
     def _shuffled(self, epoch: int) -> list[int]:
         # Raw words of a bit generator are fixed by NumPy's compatibility policy; `Generator.permutation` is not.

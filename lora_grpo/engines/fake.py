@@ -39,7 +39,7 @@ class FakeEngine:
     """
 
     proof: Proof = "none"
-    device: None = None
+    device: Any = None
     lora_dtype = "float32"
     max_lora_rank = 512
 

@@ -55,7 +55,7 @@ def require_tokenizer(tokenizer: Any, said: str) -> None:
     special = getattr(tokenizer, "all_special_ids", None)
     if tokenizer is None or (special is not None and len(tokenizer) <= len(special)):
         folder = getattr(tokenizer, "name_or_path", None) or "the model's folder"
-        said += f", but {folder} has no tokenizer: put its tokenizer.json and tokenizer_config.json there"
+        said += f", but {folder} has no tokenizer: write tokenizer.json and tokenizer_config.json there"
         raise ConfigError(f"{said} (AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)), or pass token ids")
 
 
@@ -156,8 +156,7 @@ def sampling_fields(sampling: Sampling, seed: int, placeholders: Sequence[int] =
     """One sample of one prompt in vLLM's words, with its tokens' log-probs; none of `placeholders` is sampled."""
     said = {field.name: getattr(sampling, field.name) for field in fields(sampling) if field.name != "first_prompt"}
     said |= {"stop": list(sampling.stop), "stop_token_ids": list(sampling.stop_token_ids)}
-    never = dict.fromkeys(placeholders, _NEVER) or None
-    return said | {"n": 1, "seed": seed, "logit_bias": never, "logprobs": 0}
+    return said | {"n": 1, "seed": seed, "logit_bias": dict.fromkeys(placeholders, _NEVER) or None, "logprobs": 0}
 
 
 def sampling_params(sampling: Sampling, seed: int, placeholders: Sequence[int] = (), **more: Any) -> Any:
@@ -177,8 +176,7 @@ def to_completion(output: Any, adapter: AdapterVersion | None) -> Completion:
         raise EngineError(f"request {output.request_id} ended as {made.finish_reason!r}, not by stopping")
     token_ids = tuple(made.token_ids)
     logprobs = tuple(entry[token].logprob for entry, token in zip(made.logprobs, token_ids, strict=True))
-    version = None if adapter is None else adapter.number
-    return Completion(made.text, token_ids, logprobs, made.finish_reason, version)
+    return Completion(made.text, token_ids, logprobs, made.finish_reason, None if adapter is None else adapter.number)
 
 
 def to_groups(asked: Sequence[Asked], completions: Sequence[Completion]) -> list[Group]:

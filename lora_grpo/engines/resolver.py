@@ -29,7 +29,8 @@ URL_VARIABLE = "LORA_GRPO_STORE_URL"
 CACHE_VARIABLE = "LORA_GRPO_STORE_CACHE"
 CACHE_MIB_VARIABLE = "LORA_GRPO_STORE_CACHE_MIB"
 BASE_ROUTE = "/v1/lora_grpo/base"
-"""Where a trainer asks what the server's workers read of its base, if adapters may be loaded at run time; else 404."""
+"""Where a trainer asks what the server's workers read of its base, behind the server's API key; 404 where adapters
+cannot be loaded at run time."""
 _READ_BASE = "lora_grpo_read_base"
 _LOG = logging.getLogger(f"vllm.plugins.{__name__}")
 """Its level and format are the server's."""

@@ -40,7 +40,6 @@ class VLLMEngine:
     proof: Proof = "slots"
     device: torch.device
     max_lora_rank: int
-    max_model_len: int
     lora_dtype: str
     tokenizer: Any
 
@@ -88,7 +87,10 @@ class VLLMEngine:
             self._residents = Residents(llm, self._driver, direct=direct_load, **room)
             self.tokenizer, self.lora_dtype = llm.get_tokenizer(), compat.lora_dtype(llm)
             self.device = next(iter(compat.base_parameters(llm)))[1].device
-            self.max_model_len = llm.llm_engine.vllm_config.model_config.max_model_len
+
+    @property
+    def max_model_len(self) -> int:
+        return int(self._llm.llm_engine.vllm_config.model_config.max_model_len)
 
     @property
     def between_steps(self) -> Callable[[], None] | None:

@@ -35,7 +35,8 @@ def _asked(name: str) -> Any:
 
 class OwnedEngine:
     """An engine that steps, for use from any thread. `worker` owns it: rollouts are its jobs, all else its calls, made
-    between two steps. After a step that never ended it holds nothing, and is left as it is until the process ends."""
+    between two steps, so a load waits for one step at most. After a step that never ended it holds nothing, and is left
+    as it is until the process ends."""
 
     def __init__(self, engine: Any, worker: Worker) -> None:
         self.worker, self._engine, self._loaded = worker, engine, engine.loaded()
@@ -97,7 +98,7 @@ def joint(engine: Engine | None, processes: Processes) -> Engine:
 
 
 class EngineOfFirst:
-    """The first process's, which computes in none of them; the verbs of servers are only asked of such."""
+    """The first process's, which computes in none of them; what only servers have is only asked of servers."""
 
     def __init__(self, own: Engine | None, processes: Processes) -> None:
         self._own, self._processes = own, processes

@@ -35,8 +35,11 @@ class Batch:
         Completions hold their end token. `Completion.token_mask` takes tokens out of the loss that the policy did not
         sample, `mask_truncated` whole rows that were cut at the limit (DAPO, arXiv 2503.14476, 3.4)."""
         pairs = [(group.prompt_token_ids, row) for group in groups for row in group.completions]
-        if advantages_B.shape != (len(pairs),):
-            raise ConfigError(f"advantages of shape {tuple(advantages_B.shape)} for {len(pairs)} completions")
+        if not pairs or advantages_B.shape != (len(pairs),):
+            told = f"advantages of shape {tuple(advantages_B.shape)} for {len(pairs)} completions"
+            raise ConfigError(f"{told}: give one for each, at least one")
+        if not any(row.token_ids for _, row in pairs):
+            raise ConfigError(f"none of {len(pairs)} completions has a token: there is nothing to learn from")
         _check(pairs)
         prompts = [torch.tensor(ids, dtype=torch.long) for ids, _ in pairs]
         completions = [torch.tensor(row.token_ids, dtype=torch.long) for _, row in pairs]

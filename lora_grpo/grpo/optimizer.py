@@ -192,5 +192,4 @@ def _got(parameter: Tensor) -> Tensor:
 
 
 def _some(tensor: Tensor) -> Tensor:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return (local != 0).any()
+    return ((tensor.to_local() if isinstance(tensor, DTensor) else tensor) != 0).any()

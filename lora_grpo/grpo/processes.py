@@ -28,8 +28,7 @@ class Observed(NamedTuple):
 
 def counted(values: Tensor, mask_BT: Tensor) -> Tensor:
     """(N,) fp32: the values of tokens that count, of (B, T), or all values of (B, 1)."""
-    chosen = values[mask_BT] if values.shape == mask_BT.shape else values.flatten()
-    return chosen.detach().float()
+    return (values[mask_BT] if values.shape == mask_BT.shape else values.flatten()).detach().float()
 
 
 def row_means(values: Tensor, mask_BT: Tensor) -> Tensor:

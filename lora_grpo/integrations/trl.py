@@ -136,8 +136,7 @@ class NativeGRPOTrainer(grpo_trainer.GRPOTrainer):
         engine = VLLMEngine(keywords.pop("model"), **keywords)
         self._closing.callback(engine.close)
         check_same_device(model, engine)
-        tokenizer = given["processing_class"]
-        sync = NativeSync(model, engine, store, keep_state=keeps_state(keep), tokenizer=tokenizer)
+        sync = NativeSync(model, engine, store, keep_state=keeps_state(keep), tokenizer=given["processing_class"])
         self._closing.callback(sync.close)
         self.native = NativeRollouts(engine, sync, sampling, args.per_device_train_batch_size)
         # All of vLLM that TRL looks at; sampling past `generate` would not name a version.

@@ -60,7 +60,7 @@ class Reporter(ExitStack):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Around what a step does: generate, reward, train or publish. Shown while it lasts; `seconds` has how long."""
+        """Around what a step does: generate, reward, train or publish. Shown from then on; `seconds` has how long."""
         self._state.phase = name
         started = time.perf_counter()
         yield

@@ -42,8 +42,9 @@ _PATH = re.compile(rf"/versions/([1-9][0-9]{{0,8}})(?:/({'|'.join(map(re.escape,
 
 
 class StoreServer:
-    """Serves a store from a thread, within a `with` block, through a reader of its own, which takes no lock of the
-    writer's and goes on while it is busy or closed. Nobody can use up what this process may open or hold."""
+    """Serves a store from a thread, within a `with` block, through a reader of its own: it takes no lock of the
+    writer's, goes on while the writer is busy or closed, and changes nothing. Connections are few and short-lived (see
+    `BoundedProtocol`), so that nobody can use up what this process may open or hold."""
 
     def __init__(self, store: StoreView, token: str | None = None, *, host: str = "127.0.0.1", port: int = 0) -> None:
         """Open `store` for reading and listen; `port=0` takes a free one. Without `token`, see `read_token`."""
@@ -110,8 +111,8 @@ def _answer(view: StoreView, request: Request) -> Response:
         return _refusal(405, "this store is read-only: it answers GET", {"Allow": "GET, HEAD"})
     asked = _PATH.fullmatch(request.scope["path"])
     if asked is None:
-        there = f"/versions/NUMBER, from 1 on, and of each /versions/NUMBER/{' and '.join(PEFT_FILES)}"
-        return _refusal(404, f"there is no {request.url.path}; there are {there}")
+        there = f"/versions/NUMBER (1, 2, 3 and so on) and /versions/NUMBER/FILE, FILE being {' or '.join(PEFT_FILES)}"
+        return _refusal(404, f"there is no {request.url.path}; there is {there}")
     number, name = int(asked[1]), asked[2]
     try:
         if name is None:

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 
 from lora_grpo.config import RewardConfig
 from lora_grpo.data import RESERVED_COLUMNS
-from lora_grpo.errors import ConfigError
+from lora_grpo.errors import ConfigError, counted
 from lora_grpo.grpo_config import GRPOConfig
 from lora_grpo.rewards.call import Call, Kwargs, RewardContext, RewardFunction, describe_row, is_chat
 from lora_grpo.sections import nearest_key
@@ -98,6 +98,10 @@ def score(
 
 def _inputs(groups: Sequence[Group], columns: Mapping[str, Sequence[Any]]) -> Kwargs:
     """The keyword arguments that hold B values each: every prompt's, repeated for its completions."""
+    for name, values in columns.items():
+        if len(values) != len(groups):
+            told = f"{counted(len(values), 'value')} for {counted(len(groups), 'prompt')}"
+            raise ConfigError(f"column {name!r} has {told}")
     rows = [(index, group.prompt, done) for index, group in enumerate(groups) for done in group.completions]
     said = [[{"role": "assistant", "content": done.text}] if is_chat(prompt) else done.text for _, prompt, done in rows]
     ids = [list(done.token_ids) for _, _, done in rows]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 from lora_grpo.data.reading import short
@@ -127,7 +128,8 @@ class Call:
     def _kwargs(self, inputs: Kwargs, context: RewardContext) -> Kwargs:
         # Copies: what a function does to its lists is seen by no other.
         offered: Kwargs = {name: list(values) for name, values in inputs.items()}
-        offered |= {"trainer_state": context, "log_extra": context.log_extra, "log_metric": context.log_metric}
+        state = SimpleNamespace(global_step=context.global_step, max_steps=context.max_steps)
+        offered |= {"trainer_state": state, "log_extra": context.log_extra, "log_metric": context.log_metric}
         parameters = inspect.signature(self.function).parameters
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             return offered

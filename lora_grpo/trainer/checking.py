@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lora_grpo.adapters.files.disk import tmpfs_home
@@ -249,8 +247,15 @@ def random_base(model: str) -> Iterator[str]:
         for path in own:
             shutil.copy(path, folder)
         if not own:
-            tokens = ["<eos>", *sorted(ByteLevel.alphabet())]
-            of_bytes = Tokenizer(BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
-            of_bytes.pre_tokenizer, of_bytes.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-            PreTrainedTokenizerFast(tokenizer_object=of_bytes, eos_token="<eos>").save_pretrained(folder)
+            byte_tokenizer().save_pretrained(folder)
         yield folder
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and an end token: any text encodes and comes back as it was."""
+    end = "<|endoftext|>"
+    tokens = [end, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    of_bytes = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
+    of_bytes.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    of_bytes.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=of_bytes, pad_token=end, eos_token=end, unk_token=end)

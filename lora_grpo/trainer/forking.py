@@ -93,7 +93,8 @@ def _config(source: Path, target: Path, settings: Sequence[str]) -> RunConfig | 
     if not (source / RESOLVED_FILE).is_file():
         if not settings:
             return None
-        raise ConfigError(f"{source} has no {RESOLVED_FILE}: give {' '.join(settings)} to the trainer that resumes")
+        fix = f"fork it without settings, and give {' '.join(settings)} to the GRPOTrainer that resumes the fork"
+        raise ConfigError(f"{source} has no {RESOLVED_FILE}: {fix}")
     before = load_config(source)
     config = with_settings(before.replace(store_root=None, output_dir=str(target)), settings, str(source))
     check_same_adapter(before.lora, config.lora, source)
@@ -126,8 +127,7 @@ def _weights_only(store: AdapterStore, origin: AdapterVersion, source: Path, see
         path, _, kind = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
         tensors[f"weights/{path}.{kind}"] = tensor
     extra = {"steps_done": 0, "rollbacks": 0, "without_signal": 0, "sampler": None}
-    meta = {"param_groups": None, "optimizer": {}, "scheduler": None, "extra": extra}
-    return TrainerState(tensors, meta), weights
+    return TrainerState(tensors, {"param_groups": None, "optimizer": {}, "scheduler": None, "extra": extra}), weights
 
 
 def _fill(staged: Path, store: AdapterStore, made: Fork, state: TrainerState, *, begins: bool) -> None:

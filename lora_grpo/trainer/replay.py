@@ -14,7 +14,7 @@ import torch
 from lora_grpo.adapters.files import disk
 from lora_grpo.adapters.peft_form.export import Recipe
 from lora_grpo.adapters.store import AdapterStore
-from lora_grpo.adapters.version import AdapterVersion, Target
+from lora_grpo.adapters.version import PEFT_FILES, AdapterVersion, Target
 from lora_grpo.config import LoraSettings, RunConfig
 from lora_grpo.config_file import RESOLVED_FILE, config_of_model, load_config
 from lora_grpo.data import load_data, load_prompts
@@ -46,7 +46,10 @@ def replaying(run: Path, config: RunConfig, targets: Sequence[Target]) -> Iterat
             folder = Path(place) / "versions" / disk.folder_name(version.number)
             with disk.reported(f"copying {version} of {store.archive}"):
                 if not folder.is_dir():
-                    shutil.copytree(store.readable(version), folder)
+                    source = store.readable(version)
+                    folder.mkdir(parents=True)
+                    for name in PEFT_FILES:
+                        shutil.copyfile(source / name, folder / name)
             return replace(version, path=folder)
 
         versions = [borrow(target) for target in targets]  # before an engine starts for nothing

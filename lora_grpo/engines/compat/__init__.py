@@ -134,7 +134,8 @@ def allowed_rank(rank: int) -> int:
 
 
 def base_rows_are_safe() -> bool:
-    """Stock CPU kernels before 0.33 index the last slot with the base's -1: beside adapter rows its own get one."""
+    """Whether stock kernels leave base rows alone in a batch with adapter rows: vLLM's CPU kernels before 0.33 index
+    the last slot with the base's -1, and give its adapter to base rows."""
     return not is_cpu() or vllm_release() >= (0, 33)
 
 
@@ -160,7 +161,7 @@ def base_parameters(llm: Any) -> Iterable[tuple[str, Any]]:
 
 
 def refuse_weight_updates(llm: Any, refuse: Callable[..., None]) -> None:
-    """From now on vLLM's own ways to write to the base's weights, by `.data`, which nothing sees, call `refuse`."""
+    """From now on vLLM's own ways to write to the base's weights, wherever they are, call `refuse`."""
     for owner in (runner(llm).get_model(), runner(llm), llm.llm_engine.model_executor.driver_worker.worker):
         for name in ("load_weights", "reload_weights", "reset_weights", "start_weight_update", "update_weights"):
             if hasattr(owner, name):

@@ -49,7 +49,7 @@ def replaced(owner: Any, **values: Any) -> Iterator[None]:
 
 
 def kernel_is_mended() -> bool:
-    return hasattr(importlib.import_module(_KERNEL).get_lora_op_configs, _MARK)
+    return hasattr(getattr(importlib.import_module(_KERNEL), "get_lora_op_configs", None), _MARK)
 
 
 def mend_kernels(release: tuple[int, int], capability: tuple[int, int] | None) -> None:
@@ -75,7 +75,8 @@ def take_whole() -> None:
 
 
 def look_at_models_here() -> None:
-    """vLLM looks at a model's class in another process (10 s of importing) lest CUDA start here; it does anyway."""
+    """vLLM looks at a model's class in this process. It would have another one do so, which takes 10 s to import vLLM,
+    so that CUDA does not start here; but here it starts anyway."""
     registry = importlib.import_module("vllm.model_executor.models.registry")
     wrap_once(registry, "_run_in_subprocess", lambda _, look: look())
 
@@ -136,5 +137,4 @@ def allow_tiles() -> None:
 
 def _syscall(*arguments: int) -> int:
     """0, or the errno it failed with."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    return ctypes.get_errno() if libc.syscall(*map(ctypes.c_long, arguments)) else 0
+    return ctypes.get_errno() if ctypes.CDLL(None, use_errno=True).syscall(*map(ctypes.c_long, arguments)) else 0

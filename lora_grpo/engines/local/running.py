@@ -218,8 +218,8 @@ def vllm_boundary(doing: str, clean_up: Callable[[], object] = lambda: None) -> 
 
 
 def shutdown(llm: Any, *, last: bool) -> None:
-    """Stop an in-process engine; with `last`, tear down the process-wide parallel state too. vLLM 0.32 always does, and
-    when an engine is collected: neither other engines nor a trainer whose group was joined could take another step."""
+    """Stop an in-process engine; with `last`, tear down the process-wide parallel state too. vLLM 0.32 does
+    that always, also when an engine is collected: other engines, or a trainer in the group, could not go on."""
     client = llm.llm_engine.engine_core
     if last:
         _forget_addresses()

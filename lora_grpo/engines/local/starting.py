@@ -115,7 +115,7 @@ def compiled_with_lora() -> AbstractContextManager[None]:
 
 
 def experts_without_lora() -> AbstractContextManager[None]:
-    """Models built within compute experts as without LoRA; vLLM would pick kernels that add it; a CPU has none."""
+    """Models built within compute experts as without LoRA: kernels that could add it to them do not exist for CPUs."""
     layer = importlib.import_module("vllm.model_executor.layers.fused_moe.layer")
     stock = layer.FusedMoEConfig
     return replaced(layer, FusedMoEConfig=lambda **settings: stock(**{**settings, "is_lora_enabled": False}))
@@ -132,8 +132,8 @@ def make_expert_group() -> None:
 
 
 def classes_kept() -> AbstractContextManager[None]:
-    """Engines that start within leave transformers' classes as they are. vLLM puts its compiler into the class of a
-    model that it has none for, and a trainer's could neither be built nor called any more: here, into a subclass."""
+    """Engines that start within leave transformers' classes as they are. Of a model that it has no class for, vLLM
+    changes transformers' class, so that a trainer's could not be called any more; here it changes a subclass."""
     backend = importlib.import_module("vllm.model_executor.models.transformers.base").Base
     decorate, build = backend._decorate_cls_for_torch_compile, backend.__init__
     wanted: dict[int, list[tuple[type, dict[str, Any]]]] = {}

@@ -57,8 +57,8 @@ class Fleet(Rotation):
                 served.users -= 1
 
     async def load(self, served: Served) -> CanaryReport | None:
-        """Put a version into use on every replica, proven, or on none; one in use is proven again, and goes where a
-        replica that may not be dropped answers otherwise. No verdict where nobody said what it must answer. Raises
+        """Put a version into use on every replica, proven, or on none; one in use is proven again, and taken out of use
+        if a replica that may not be dropped answers otherwise. No verdict where nobody said what it must answer. Raises
         `DeliveryError` or `EngineError` naming each that failed, `ConfigError` for nothing expected despite a probe."""
         async with self._changing:
             known = self.in_use.known(served.version)

@@ -58,7 +58,7 @@ class Population(AbstractContextManager["Population"]):
             raise ConfigError("a population is one process: start it without accelerate launch or torchrun")
         self._engine_config = config = engine_config or EngineConfig()
         if config.store_address is not None:
-            raise ConfigError(f"store_address={config.store_address!r} is for one run: leave it out, use a shared disk")
+            raise ConfigError(f"store_address={config.store_address!r} is for one run: leave it out, and share a disk")
         if not members:
             raise ConfigError("a population needs at least one member")
         if at_once not in (None, "fitting") and (not isinstance(at_once, int) or at_once < 1):

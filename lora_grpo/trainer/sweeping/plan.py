@@ -129,7 +129,7 @@ class SweepPlan(Section):
     (None: as many as fit). `seed` decides on draws."""
 
     settings: RunConfig
-    trials: tuple[Trial, ...]
+    trials: tuple[Trial, ...] = Field(min_length=1)
     rungs: tuple[int, ...] = ()
     keep: float = Field(0.5, gt=0, lt=1)
     evolve_every: int | None = Field(None, ge=1)
@@ -237,8 +237,7 @@ def halving_losers(scores: Mapping[str, float], keep: float) -> set[str]:
     At least one is kept; of equals the earlier. Members that come to a rung later are compared with all that were
     there before them, as in its asynchronous form (https://arxiv.org/abs/1810.05934)."""
     count = max(1, math.ceil(len(scores) * keep - 1e-9))
-    ranked = sorted(scores, key=lambda name: -scores[name])
-    return set(ranked[count:])
+    return set(sorted(scores, key=lambda name: -scores[name])[count:])
 
 
 def takeovers(scores: Mapping[str, float], share: float, draw: random.Random) -> list[tuple[str, str]]:
