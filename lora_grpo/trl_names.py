@@ -3,7 +3,9 @@
 _INSTEAD = {
     "max_steps num_train_epochs": "set total_steps: it counts generations, where max_steps counts optimizer steps",
     "output_dir": "the run's directory is run_dir= of GRPOTrainer, and output_dir at the top of a config file",
-    "save_steps save_strategy save_total_limit save_only_model": "KeepConfig ([keep]) says what stays",
+    "save_steps save_strategy save_total_limit save_only_model": (
+        "every version is published and archived; [keep] (KeepConfig) says how many stay, and their trainer states"
+    ),
     "resume_from_checkpoint": "call trainer.resume(), or `lora-grpo train --resume`",
     "logging_steps logging_strategy logging_first_step": "every step is logged; leave it out",
     "log_completions num_completions_to_print log_unique_prompts log_multimodal": "set log_completions_every, in steps",

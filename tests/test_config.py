@@ -236,7 +236,7 @@ def test_answers_are_for_names_that_are_not_ours_and_are_trls():
         ("use_liger_kernel", "log-probs take the vocabulary in parts; leave it out"),
         ("remove_unused_columns", "reward functions get every column; leave it out"),
         ("ds3_gather_for_generation", "vLLM has a base of its own; leave it out"),
-        ("sync_ref_model", "the KL's reference stays the start's; leave it out"),
+        ("sync_ref_model", "TRL does not move it with adapters either; leave it out"),
         ("torch_compile", "TRL's setting torch_compile has no counterpart here: leave it out"),
     ],
 )
