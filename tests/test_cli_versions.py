@@ -93,7 +93,7 @@ def test_versions_and_show(run: Path) -> None:
     for words in ("v5", "HEAD", "archive, state", "age"):
         assert words in table
     missing = lora_grpo("show", run, 77)
-    assert (missing.returncode, missing.stderr) == (2, "error: there is no version 77\n")
+    assert (missing.returncode, missing.stderr) == (2, "error: there is no version 77; the last one published is 5\n")
 
 
 def test_a_stopped_run_is_changed_at_once(run: Path) -> None:

@@ -256,7 +256,8 @@ def test_what_goes_wrong_while_a_timeout_is_handled_is_not_the_timeout():
         except TimeoutError:
             return [{"a": 1.0}[text] for text in completions]
 
-    with pytest.raises(RewardError, match=r"raised KeyError: 'b' for row 2: .* completion 'b'"):
+    where = r"\(.*test_rewards\.py, line \d+\) for row 2: .* completion 'b'"
+    with pytest.raises(RewardError, match=rf"raised KeyError: 'b' {where}"):
         score([judge], [group("q", "a", "a", "b", "a")], {})
     assert calls.count(4) == 1
 

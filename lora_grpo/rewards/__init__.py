@@ -15,14 +15,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
-from traceback import extract_tb
 from typing import Any, TypeAlias
 
 from lora_grpo.config import RewardConfig
 from lora_grpo.data import RESERVED_COLUMNS
 from lora_grpo.errors import ConfigError, counted
 from lora_grpo.grpo_config import GRPOConfig
-from lora_grpo.rewards.call import Call, Kwargs, RewardContext, RewardFunction, describe_row, is_chat
+from lora_grpo.rewards.call import Call, Kwargs, RewardContext, RewardFunction, describe_row, is_chat, place
 from lora_grpo.sections import nearest_key
 from lora_grpo.types import Group
 
@@ -215,8 +214,7 @@ def _imported(name: str) -> RewardFunction:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        last = extract_tb(error.__traceback__)[-1]
-        more = f" ({last.filename}, line {last.lineno})"
+        more = place(error)
         if isinstance(error, ModuleNotFoundError):
             more = "; it must be installed or in the current directory"
         elif isinstance(error, SyntaxError):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from traceback import extract_tb
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
@@ -67,7 +68,8 @@ class Call:
         except LoraGrpoError:
             raise
         except Exception as error:
-            raise RewardError(f"reward {self.name!r} raised {_said(error)} {self._where(error)}") from error
+            at = "" if is_unreachable(error) else place(error)
+            raise RewardError(f"reward {self.name!r} raised {_said(error)}{at} {self._where(error)}") from error
         return self._checked(values)
 
     def cancel(self) -> None:
@@ -215,6 +217,11 @@ def describe_row(inputs: Kwargs, index: int) -> str:
 def _is_async(function: RewardFunction) -> bool:
     inner = function.func if isinstance(function, functools.partial) else function
     return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(getattr(inner, "__call__", None))  # noqa: B004
+
+
+def place(error: Exception) -> str:
+    last = extract_tb(error.__traceback__)[-1]
+    return f" ({last.filename}, line {last.lineno})"
 
 
 def _said(error: Exception) -> str:

@@ -152,8 +152,7 @@ def _may_share(choice: Sharing, model: Model) -> bool:
 def adapted_leaves(model: Model, peft_config: Any) -> list[str] | None:
     """Last names of the layers to be adapted; None for all linear ones, which is the engine's own default."""
     leaves = {module.path.rsplit(".", 1)[-1] for module in adapted_modules(model, peft_config)}
-    all_linear = isinstance(model, ModelConfig) and peft_config.target_modules == "all-linear"
-    return None if all_linear else sorted(leaves)
+    return None if isinstance(model, ModelConfig) and peft_config.target_modules == "all-linear" else sorted(leaves)
 
 
 def adapted_modules(model: Model, peft_config: Any) -> list[LoraModule]:

@@ -74,7 +74,7 @@ class Catalog:
         if number in self.journal.published:
             folder = self.root.folder(VERSIONS, number)
             return f"version {number} was published, but {folder} is gone: deleted by another program?"
-        return f"there is no version {number}"
+        return f"there is no version {number}; the last one published is {max(self.journal.published, default=0)}"
 
     def why_not_on_tmpfs(self, number: int) -> str:
         if self.in_archive(number):

@@ -85,7 +85,7 @@ class VLLMServerEngine:
         Raises `ConfigError` naming the flag that a server lacks, `UnsupportedVersion`, or `EngineError`.
         """
         if isinstance(urls, str) or not (isinstance(urls, Sequence) and urls and all(isinstance(u, str) for u in urls)):
-            raise ConfigError(f'urls={urls!r} must be a list of at least one text, as ["http://one", "http://other"]')
+            raise ConfigError(f'urls={urls!r} must be a list of texts; give ["http://..."], one at least')
         addresses = server_addresses(urls)
         if max_loras < 2 or concurrency < 1:
             fix = "at least 2 (HEAD and its successor)"
