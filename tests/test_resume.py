@@ -26,6 +26,7 @@ from lora_grpo.adapters.upkeep.rollbacks import RollbackLog, roll_back_stopped
 from lora_grpo.config import KeepConfig
 from lora_grpo.errors import ConfigError, StoreCorrupt, StoreLocked
 from lora_grpo.metrics.log import history, read_metrics
+from lora_grpo.metrics.reporter import Reporter
 from lora_grpo.reference import keep_reference, kept_reference
 from lora_grpo.sync import NativeSync
 from lora_grpo.trainer import loop
@@ -317,14 +318,15 @@ def test_what_was_measured_is_known_after_a_resume(llama_dir: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("last_words", "call"), [("_write_down", 3), ("_write_down", 4), ("held_out", 2), ("held_out", 3)]
+    ("room", "last_words", "call"),
+    [(Reporter, "step", 3), (Reporter, "step", 4), (loop, "held_out", 2), (loop, "held_out", 3)],
 )
 def test_what_a_step_owed_when_it_was_killed_after_publishing_is_made_good(
-    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_words: str, call: int
+    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: Any, last_words: str, call: int
 ) -> None:
     """Its metrics, what they say of the version it sampled from, and the evaluation due there, once each."""
     settings: dict[str, Any] = {"config": config(4).replace(eval_every=2), "eval_dataset": ROWS[:2]}
-    calls, said = [], getattr(loop, last_words)
+    calls, said = [], getattr(room, last_words)
 
     def stopped(*arguments: Any) -> None:
         calls.append(arguments)
@@ -340,7 +342,7 @@ def test_what_a_step_owed_when_it_was_killed_after_publishing_is_made_good(
     with tiny_trainer(llama_dir, fake_engine(llama_dir), tmp_path / "whole", **settings) as whole:
         result = whole.train()
         with tiny_trainer(llama_dir, fake_engine(llama_dir), tmp_path / "run", **settings) as trainer:
-            monkeypatch.setattr(loop, last_words, stopped)
+            monkeypatch.setattr(room, last_words, stopped)
             with pytest.raises(KeyboardInterrupt):
                 trainer.train()
         with tiny_trainer(llama_dir, fake_engine(llama_dir), tmp_path / "run", **settings) as trainer:

@@ -108,6 +108,10 @@ def test_the_engine_that_did_start_is_closed(ends: list[dict[str, Any]]) -> None
 def _late(rank: int, port: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    # Two seconds are short for one to wait for what the other has to import.
+    (Path(folder) / f"here_{rank}").touch()
+    while len(list(Path(folder).glob("here_*"))) < 2:
+        time.sleep(0.01)
     accelerator = assembly.launched(2.0)
     assert assembly.launched() is accelerator
     processes = Processes(accelerator)
