@@ -35,7 +35,7 @@ def test_modes_by_hand(mode: str, clip_min: float | None) -> None:
 
 
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
-def test_a_faithful_sampler_is_not_sampling_ratio(mode: str) -> None:
+def test_a_faithful_sampler_is_not_corrected(mode: str) -> None:
     assert (sampling_ratio(OLD, OLD, MASK, mode, (None, 3.0)) == 1).all()
 
 
